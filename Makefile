@@ -1,0 +1,59 @@
+# make lab         set up and open JupyterLab on the first notebook
+# make test        set up and run everything: lint, unit tests, notebooks, browser
+# make train-tiny  train the small model again (OUT=folder, default runs/tiny-llava)
+# make eval-tiny   its accuracy on 1,000 scenes it has never seen
+# make notebooks   run every notebook and save its outputs
+# make clean       remove the environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/tiny-llava
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+DEPS   := pyproject.toml constraints.txt
+NBVAL  := --nbval --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+.PHONY: lab test lint unit nbval browser train-tiny eval-tiny notebooks clean
+
+lab: $(VENV)/.lab
+	$(BIN)/jupyter lab $(LAB_ARGS) notebooks/00_start_here.ipynb
+
+test: lint unit nbval browser
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser" tests
+
+nbval: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) notebooks
+
+browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser tests
+
+train-tiny: $(VENV)/.lab
+	$(BIN)/python -m vlmlib.tiny.train --out $(OUT) --resume
+
+eval-tiny: $(VENV)/.lab
+	$(BIN)/python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava
+
+notebooks: $(VENV)/.test
+	$(BIN)/python tools/run_notebooks.py
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "vlmlib needs Python 3.10 or newer; try: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lab: $(DEPS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[lab]'
+	touch $@
+
+$(VENV)/.test: $(DEPS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[lab,test]'
+	touch $@ $(VENV)/.lab

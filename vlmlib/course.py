@@ -1,0 +1,83 @@
+"""What the notebooks share besides the subject itself: tables, checks, the map of the course."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under a header; a table in a notebook, aligned text on a console."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+
+    def __str__(self) -> str:
+        cells = [[str(c) for c in row] for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(c.ljust(n) for c, n in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join(line.rstrip() for line in [*lines, self.caption] if line)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def row(cells: Iterable[Any], tag: str) -> str:
+            style = "text-align:left;vertical-align:top"
+            shown = (c.html if isinstance(c, Link) else html.escape(str(c)) for c in cells)
+            return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in shown) + "</tr>"
+
+        body = "".join(row(r, "td") for r in self.rows)
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        head = f"<thead>{row(self.header, 'th')}</thead>"
+        return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A table cell that leads to a file beside the notebook."""
+
+    text: str
+    target: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def html(self) -> str:
+        return f'<a href="{html.escape(self.target)}">{html.escape(self.text)}</a>'
+
+
+def check(answer: Any, test: Callable[[Any], bool], hint: str) -> str:
+    """The reader's answer against a test: not answered, right, or an AssertionError with a hint.
+
+    An exercise starts as `...`, so that a notebook runs through before it is solved.
+    """
+    if answer is ...:
+        return "not answered yet: put your answer in place of the ..."
+    assert test(answer), f"not yet: {hint}"
+    return "right"
+
+
+def course_map(folder: Path = NOTEBOOKS) -> Table:
+    """The notebooks that are there, with what each says of itself in its metadata."""
+    rows = []
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
+        about: Mapping = json.loads(path.read_text())["metadata"].get("vlmlib", {})
+        rows.append(
+            (
+                path.name[:2],
+                Link(about.get("title", path.stem), path.name),
+                f"{about.get('minutes', '?')} min",
+                about.get("hardware", ""),
+                about.get("learn", ""),
+            )
+        )
+    return Table(["", "notebook", "time", "hardware", "you will learn"], rows)

@@ -1,0 +1,194 @@
+"""The decode loop: scores in, text chunks out. One loop serves every model family.
+
+It knows ids and logits only. How a prompt becomes the first logits, and how one more id becomes the
+next ones, is the business of the `Turn` that a family hands over (`vlmlib.model`, `vlmlib.llava`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import ContextLengthError
+from .sampling import GenParams, Sampler, check_finite
+from .tokenization import TextStream
+
+Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A prompt ready to be answered.
+
+    prefill()    feeds the prompt, returns (1, v) logits behind its last position
+    step(id)     feeds one (1, 1) id, returns (1, v) logits behind it
+    text_ids     the prompt's ids without placeholders, seen by the repetition penalty
+    """
+
+    prefill: Callable[[], Tensor]
+    step: Callable[[Tensor], Tensor]
+    text_ids: list[int]
+    prompt_tokens: int
+    context_len: int
+    device: torch.device
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """One sampled token under the microscope.
+
+    probability   what the model itself gave it (temperature 1, nothing cut off)
+    drawn_from    what it had after penalty, temperature and cuts, when it was drawn
+    entropy       of the model's own distribution, in bits
+    alternatives  the k best ids with their text and the model's own probability
+    """
+
+    id: int
+    text: str
+    probability: float
+    drawn_from: float
+    entropy: float
+    alternatives: list[tuple[int, str, float]]
+
+
+def decode(
+    turn: Turn,
+    tokenizer: PreTrainedTokenizerBase,
+    params: GenParams,
+    *,
+    stop_ids: Collection[int],
+    stream_interval: int = 1,
+    prefix: str = "",
+    lstrip: bool = False,
+    trace: int | None = None,
+) -> Iterator[Chunk]:
+    """Check the request, then answer it as an iterator of chunks.
+
+    Every `stream_interval` tokens a chunk {"text", "delta", "usage", "finish_reason", "timing"}
+    comes: `text` is the whole answer so far (behind `prefix`), `delta` what is new in it. The last
+    chunk alone has a `finish_reason` ("stop" or "length") and a `timing`; times are in seconds.
+    With `trace=k` each chunk also has "tokens", a TokenTrace for every token since the last one.
+
+    Raises ContextLengthError at the call, NonFiniteLogitsError on the way.
+    """
+    if not isinstance(stream_interval, int) or stream_interval < 1:
+        raise ValueError(f"stream_interval must be a whole number >= 1, got {stream_interval!r}")
+    if turn.prompt_tokens >= turn.context_len:
+        raise ContextLengthError(
+            f"the prompt takes {turn.prompt_tokens} tokens, pictures included, and the model's "
+            f"context holds {turn.context_len}: there is no room for an answer"
+        )
+    out = _Answer(turn, TextStream(tokenizer, params.stop), prefix, lstrip)
+    tracer = None if trace is None else _Tracer(tokenizer, trace)
+    return _loop(turn, params, frozenset(stop_ids), stream_interval, out, tracer)
+
+
+# The decorator re-enters inference mode on every resume; a `with` around `yield` would leak it to
+# the caller.
+@torch.inference_mode()
+def _loop(turn, params, stop_ids, stream_interval, out, tracer) -> Iterator[Chunk]:
+    limit = min(params.n_predict, turn.context_len - turn.prompt_tokens)
+    sampler = Sampler(params, turn.device)
+    seen = torch.tensor([turn.text_ids], dtype=torch.long, device=turn.device)
+    start = perf_counter()
+    logits = turn.prefill()
+    out.context_time = perf_counter() - start
+    reason = "length"
+    while out.tokens < limit:
+        check_finite(logits, step=out.tokens)
+        scores = sampler.scores(logits, seen)
+        token = sampler.draw(scores)  # (1, 1)
+        token_id = int(token)
+        out.count(perf_counter() - start)
+        if tracer:
+            out.traces.append(tracer(token_id, logits, scores))
+        if token_id in stop_ids or out.stream.push(token_id):
+            reason = "stop"
+            break
+        if out.tokens % stream_interval == 0:
+            yield out.chunk()
+        if out.tokens < limit:
+            start = perf_counter()
+            seen = torch.cat([seen, token], dim=1)
+            logits = turn.step(token)
+    out.stream.flush()
+    yield out.chunk(reason)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What has been said so far, and how long it took."""
+
+    turn: Turn
+    stream: TextStream
+    prefix: str
+    lstrip: bool
+    tokens: int = 0
+    context_time: float = 0.0
+    step_times: list[float] = field(default_factory=list)
+    traces: list[TokenTrace] = field(default_factory=list)
+    shown: str = ""
+
+    def count(self, seconds: float) -> None:
+        """One more token was sampled; the first one's time is the time to first token."""
+        self.tokens += 1
+        if self.tokens == 1:
+            self.context_time = seconds
+        else:
+            self.step_times.append(seconds)
+
+    def chunk(self, finish_reason: str | None = None) -> Chunk:
+        answer = self.stream.text.lstrip() if self.lstrip else self.stream.text
+        text = self.prefix + answer
+        delta, self.shown = text[len(self.shown) :], text
+        prompt = self.turn.prompt_tokens
+        chunk = {
+            "text": text,
+            "delta": delta,
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": self.tokens,
+                "total_tokens": prompt + self.tokens,
+            },
+            "finish_reason": finish_reason,
+            "timing": self._timing() if finish_reason else None,
+        }
+        if self.traces:
+            chunk["tokens"], self.traces = self.traces, []
+        return chunk
+
+    def _timing(self) -> dict[str, Any]:
+        fed = self.turn.prompt_tokens - self.turn.reused_tokens
+        return {
+            "context_tokens": fed,
+            "reused_tokens": self.turn.reused_tokens,
+            "context_time": self.context_time,
+            "total_tokens": fed + len(self.step_times),
+            "generation_time_list": list(self.step_times),
+        }
+
+
+class _Tracer:
+    def __init__(self, tokenizer, k: int):
+        self.tokenizer, self.k = tokenizer, k
+
+    def __call__(self, token_id: int, logits: Tensor, scores: Tensor) -> TokenTrace:
+        logp = logits[0].float().log_softmax(dim=-1)  # (v,)
+        p = logp.exp()
+        best = p.topk(min(self.k, p.numel()))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return TokenTrace(
+            id=token_id,
+            text=self.tokenizer.decode([token_id]),
+            probability=p[token_id].item(),
+            drawn_from=scores[0].softmax(dim=-1)[token_id].item(),
+            entropy=-(p * logp.clamp(min=-1e4)).sum().item() / torch.tensor(2.0).log().item(),
+            alternatives=[(i, self.tokenizer.decode([i]), q) for i, q in pairs],
+        )

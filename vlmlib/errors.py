@@ -1,0 +1,37 @@
+"""Everything that vlmlib raises on bad input. All of it derives from `VlmError`.
+
+Each error also derives from the built-in a Python user would expect (`ValueError`, `OSError`, ...),
+and says what is wrong, where, and what was expected.
+"""
+
+
+class VlmError(Exception):
+    """Base of every error that vlmlib raises on purpose."""
+
+
+class ImageError(VlmError, ValueError):
+    """A picture is missing, broken, or not a picture."""
+
+
+class PlaceholderError(VlmError, ValueError):
+    """The number of media placeholders in the prompt is not the number of media."""
+
+
+class ContextLengthError(VlmError, ValueError):
+    """The prompt does not fit into the model's context."""
+
+
+class GenParamsError(VlmError, ValueError):
+    """A generation parameter has an impossible value."""
+
+
+class CacheError(VlmError, ValueError):
+    """`start_pos` and the key/value cache contradict each other."""
+
+
+class CheckpointError(VlmError, OSError):
+    """A checkpoint is missing, incomplete, or of a kind vlmlib does not know."""
+
+
+class NonFiniteLogitsError(VlmError, ArithmeticError):
+    """The model produced NaN or +infinity where scores were expected."""

@@ -1,0 +1,190 @@
+"""Pictures in: from anything that holds one to the (b, 3, h, w) tensor a vision tower takes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import CheckpointError, ImageError
+
+ImageSource = Image.Image | str | os.PathLike | bytes
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """A file name, the bytes of a file, or a Pillow picture -> an RGB picture, upright.
+
+    16-bit greys keep their brightness, transparent parts become white, an animation gives its first
+    frame. Raises ImageError that names the source.
+    """
+    if isinstance(source, Image.Image):
+        name, handle = "the given picture", None
+    elif isinstance(source, (bytes, bytearray)):
+        name, handle = f"{len(source)} bytes", io.BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
+        name, handle = str(source), _existing_file(source)
+    else:
+        raise ImageError(f"expected a picture or a file name, got {type(source).__name__}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if handle is None:
+                return _rgb(source, name)
+            with Image.open(handle) as image:
+                return _rgb(image, name)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+        raise ImageError(f"{name}: too many pixels to be opened safely ({e})") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        raise ImageError(f"{name}: not a picture that can be read ({e})") from None
+
+
+def _existing_file(source: str | os.PathLike) -> Path:
+    path = Path(source)
+    if os.path.isdir(path):
+        raise ImageError(f"{path}: a folder, expected a picture file")
+    if not os.path.exists(path):
+        raise ImageError(f"{path}: no such file")
+    return path
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{name}: has no pixels (size {image.width}x{image.height})")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys: convert() alone would clip them to white
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(
+            (grey >> (8 if grey.max() > 255 else 0)).clip(0, 255).astype(np.uint8)
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Centre the picture on a square of its longer side. Source: LLaVA:llava/mm_utils.py."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """CLIP's preprocessing in Pillow and torch: resize the shorter side, crop, normalise.
+
+    Reads the hub's preprocessor_config.json, and gives what transformers' CLIPImageProcessor gives
+    with its Pillow backend; torchvision is not needed. The attributes `crop_size` and `image_mean`
+    and the method `preprocess` carry transformers' names: `process_images` takes either.
+    """
+
+    shortest_edge: int
+    crop_height: int
+    crop_width: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    resample: int = Image.Resampling.BICUBIC
+    rescale_factor: float = 1 / 255
+    do_pad: bool = False
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> ImageProcessor:
+        """Read preprocessor_config.json, or the newer processor_config.json that embeds it."""
+        folder = Path(folder)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (path := folder / name).is_file():
+                try:
+                    config = json.loads(path.read_text())
+                    config = config.get("image_processor", config)
+                    found = "image_mean" in config
+                except (ValueError, TypeError, AttributeError) as e:
+                    raise CheckpointError(f"{path}: not readable as a JSON object ({e})") from None
+                if found:
+                    return cls._from_config(config, path)
+        raise CheckpointError(f"{folder}: no preprocessor_config.json with an image_mean")
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], path: Path) -> ImageProcessor:
+        try:
+            size, crop = config["size"], config.get("crop_size", config["size"])
+            edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
+            crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+            return cls(
+                shortest_edge=int(edge),
+                crop_height=int(crop["height"]),
+                crop_width=int(crop["width"]),
+                image_mean=tuple(config["image_mean"]),
+                image_std=tuple(config["image_std"]),
+                resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+                rescale_factor=float(config.get("rescale_factor", 1 / 255)),
+                do_pad=bool(config.get("do_pad", False)),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise CheckpointError(
+                f"{path}: not a CLIP preprocessor configuration ({e!r})"
+            ) from None
+
+    @property
+    def crop_size(self) -> dict[str, int]:
+        return {"height": self.crop_height, "width": self.crop_width}
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The colour that is 0 after normalising, as LLaVA rounds it."""
+        return tuple(int(255 * m) for m in self.image_mean)
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The resized and cropped picture: exactly the pixels that the tower will see."""
+        if self.do_pad:
+            image = pad_to_square(image, self.background)
+        short = min(image.size)
+        w, h = (int(self.shortest_edge * side / short) for side in image.size)
+        image = image.resize((w, h), self.resample)
+        left, top = (w - self.crop_width) // 2, (h - self.crop_height) // 2
+        return image.crop((left, top, left + self.crop_width, top + self.crop_height))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB picture -> (3, h, w) fp32."""
+        x = torch.from_numpy(np.array(self.crop(image), dtype=np.float32)) * self.rescale_factor
+        x = (x - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)
+        return rearrange(x, "h w c -> c h w")
+
+    def preprocess(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt"):
+        """transformers' call: {"pixel_values": (b, 3, h, w)}."""
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        images = [images] if isinstance(images, Image.Image) else images
+        return {"pixel_values": torch.stack([self.pixels(i) for i in images])}
+
+
+def process_images(images: Sequence[ImageSource], image_processor, model_cfg=None) -> Tensor:
+    """Pictures -> (b, 3, h, w). `model_cfg.image_aspect_ratio` chooses how they meet the square:
+
+    None   the processor alone: resize the shorter side and crop the centre (the sides are lost)
+    "pad"  first centre the whole picture on a square of the mean colour (the original LLaVA-1.5)
+
+    Source: LLaVA:llava/mm_utils.py.
+    """
+    mode = getattr(model_cfg, "image_aspect_ratio", None)
+    if mode not in (None, "square", "pad"):
+        raise ValueError(f"image_aspect_ratio must be None, 'square' or 'pad', got {mode!r}")
+    pictures = [load_image(i) for i in images]
+    if mode == "pad":
+        colour = tuple(int(255 * m) for m in image_processor.image_mean)
+        pictures = [pad_to_square(p, colour) for p in pictures]
+    batches = [image_processor.preprocess(p, return_tensors="pt")["pixel_values"] for p in pictures]
+    return torch.cat(batches)

@@ -1,0 +1,193 @@
+"""From (1, v) scores to one token id: parameters, processors, the draw.
+
+Nothing here knows about pictures, prompts or text: scores and ids in, an id out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .errors import GenParamsError, NonFiniteLogitsError
+
+GREEDY_BELOW_TEMPERATURE = 1e-5
+GREEDY_BELOW_TOP_P = 1e-8
+ORDERS = ("tinychat", "hf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenParams:
+    """How to sample; names and defaults are TinyChat's.
+
+    temp            0 is greedy; 1 leaves the model's distribution as it is
+    repeat_penalty  divides the positive scores of ids already seen; 1 is off
+    top_p           keep the smallest set of ids whose probabilities reach this sum; 1 is off
+    top_k           keep this many best ids; 0 or less is off
+    n_vocab         accepted for TinyChat's sake and not used: scores know their own size
+    n_predict       at most this many new tokens
+    seed            same seed, same tokens; None draws a fresh one
+    order           "tinychat": temperature, top-p, top-k; "hf": temperature, top-k, top-p
+    stop            strings that end the answer and are not part of it
+
+    Raises GenParamsError, naming the parameter, on anything impossible.
+    """
+
+    temp: float = 0.2
+    repeat_penalty: float = 1.1
+    top_p: float = 0.95
+    top_k: int = 50
+    n_vocab: int | None = None
+    n_predict: int = 512
+    seed: int | None = None
+    order: str = "tinychat"
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check_warpers(self.temp, self.repeat_penalty, self.top_p, self.top_k, self.order)
+        _whole("n_predict", self.n_predict, at_least=0)
+        if self.seed is not None:
+            _whole("seed", self.seed, at_least=0, at_most=2**63 - 1)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
+            raise GenParamsError(f"stop must be non-empty strings, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+
+    @classmethod
+    def greedy(cls, **changes) -> GenParams:
+        """Always the best token: no temperature, no cut, no penalty."""
+        return cls(**{"temp": 0.0, "repeat_penalty": 1.0, "top_p": 1.0, "top_k": 0} | changes)
+
+    @classmethod
+    def of(cls, gen_params: Any) -> GenParams:
+        """Read a GenParams, a mapping, or any object with some of these attributes."""
+        if isinstance(gen_params, cls):
+            return gen_params
+        names = [f.name for f in fields(cls)]
+        if isinstance(gen_params, Mapping):
+            if unknown := sorted(map(str, set(gen_params) - set(names))):
+                raise GenParamsError(f"unknown parameters {unknown}, expected some of {names}")
+            return cls(**gen_params)
+        found = {n: getattr(gen_params, n) for n in names if hasattr(gen_params, n)}
+        if not found:
+            raise GenParamsError(
+                f"gen_params must have some of {names}, got {type(gen_params).__name__}"
+            )
+        return cls(**found)
+
+    def but(self, **changes) -> GenParams:
+        """A changed copy, checked again."""
+        try:
+            return replace(self, **changes)
+        except TypeError as e:
+            raise GenParamsError(str(e).replace("__init__()", "GenParams")) from None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temp < GREEDY_BELOW_TEMPERATURE or self.top_p < GREEDY_BELOW_TOP_P
+
+
+def prepare_logits_processor(
+    temperature: float,
+    repetition_penalty: float,
+    top_p: float,
+    top_k: int,
+    min_tokens_to_keep: int = 1,
+    *,
+    order: str = "tinychat",
+) -> LogitsProcessorList:
+    """transformers' own processors in the order asked for, without those that do nothing.
+
+    The order matters: top-p counts the probabilities that top-k leaves, or the other way round.
+    Source of the thresholds and the default order: llm-awq:tinychat/stream_generators.
+    """
+    _check_warpers(temperature, repetition_penalty, top_p, top_k, order)
+    _whole("min_tokens_to_keep", min_tokens_to_keep, at_least=1)
+    processors, cuts = LogitsProcessorList(), LogitsProcessorList()
+    if repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if temperature >= GREEDY_BELOW_TEMPERATURE and temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if GREEDY_BELOW_TOP_P <= top_p < 1.0:
+        cuts.append(TopPLogitsWarper(float(top_p), min_tokens_to_keep=min_tokens_to_keep))
+    if top_k > 0:
+        cuts.append(TopKLogitsWarper(top_k, min_tokens_to_keep=min_tokens_to_keep))
+    processors.extend(cuts if order == "tinychat" else reversed(cuts))
+    return processors
+
+
+class Sampler:
+    """Draws one id after another with its own random generator: no global seed is read or set."""
+
+    def __init__(self, params: GenParams, device: torch.device | str = "cpu"):
+        self.greedy = params.is_greedy
+        if self.greedy:  # a monotonic warper does not change which id is best
+            params = params.but(temp=1.0, top_p=1.0, top_k=0)
+        self.processors = prepare_logits_processor(
+            params.temp, params.repeat_penalty, params.top_p, params.top_k, order=params.order
+        )
+        self.generator = torch.Generator(device)
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+
+    def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """(1, v) logits, (1, n) ids seen so far -> (1, v) fp32 scores; -inf is "never"."""
+        return self.processors(seen, logits.float())
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """(1, v) scores -> (1, 1) id."""
+        if self.greedy:
+            return scores.argmax(dim=-1, keepdim=True)
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
+
+
+def check_finite(logits: Tensor, step: int) -> None:
+    """NaN or +inf in (1, v) logits is an error that says how many, where and in which dtype.
+
+    -inf passes: models use it for ids that must never come.
+    """
+    bad = logits.isnan() | logits.isposinf()
+    if bad.any():
+        raise NonFiniteLogitsError(
+            f"step {step}: {int(bad.sum())} of {logits.numel()} logits are NaN or +inf "
+            f"(dtype {str(logits.dtype).removeprefix('torch.')}); "
+            "the weights are broken or the dtype overflows: try float32 or bfloat16"
+        )
+
+
+def _check_warpers(temperature, repetition_penalty, top_p, top_k, order) -> None:
+    _number("temp", temperature, at_least=0.0)
+    _number("repeat_penalty", repetition_penalty, above=0.0)
+    _number("top_p", top_p, at_least=0.0, at_most=1.0)
+    _whole("top_k", top_k)
+    if order not in ORDERS:
+        raise GenParamsError(f"order must be one of {ORDERS}, got {order!r}")
+
+
+def _number(name, value, *, at_least=-math.inf, at_most=math.inf, above=-math.inf) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    ok = ok and abs(value) <= sys.float_info.max  # false for NaN, infinity and ints beyond floats
+    if not (ok and at_least <= value <= at_most and value > above):
+        low = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
+        high = f" and <= {at_most:g}" if at_most < math.inf else ""
+        raise GenParamsError(f"{name} must be a finite number {low}{high}, got {value!r}")
+
+
+def _whole(name, value, *, at_least=-math.inf, at_most=math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
+        least = f" >= {at_least:g}" if at_least > -math.inf else ""
+        raise GenParamsError(f"{name} must be a whole number{least}, got {value!r}")

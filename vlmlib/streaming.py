@@ -1,0 +1,107 @@
+"""The short way: a model, some pictures and a question in; chunks, a text or a summary out."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from .cache import KVCache
+from .decoding import Chunk
+from .llava import LlavaStreamGenerator
+from .model import Part, VisionLanguageModel
+from .sampling import GenParams
+
+
+def stream(
+    model: VisionLanguageModel,
+    parts: Sequence[Part] | str,
+    gen_params: GenParams | dict | None = None,
+    *,
+    cache: KVCache | None = None,
+    stream_interval: int = 1,
+    trace: int | None = None,
+    **changes,
+) -> Iterator[Chunk]:
+    """Ask `model` about pictures and stream its answer.
+
+        for chunk in vlmlib.stream(model, [image, "What is left of the red circle?"]):
+            print(chunk["delta"], end="")
+
+    `parts` are pictures (Pillow pictures or `Path`s) and texts (str), in the order they are meant.
+    Decoding is greedy unless `gen_params` or single parameters (`temp=0.7, seed=1`) say otherwise.
+    """
+    params = GenParams.greedy() if gen_params is None else GenParams.of(gen_params)
+    parts = [parts] if isinstance(parts, str) else list(parts)
+    pictures = [p for p in parts if not isinstance(p, str)]
+    return LlavaStreamGenerator(
+        model,
+        model.tokenizer,
+        model.chat_prompt(parts),
+        0 if cache is None else len(cache),
+        params.but(**changes),
+        image_tensor=model.prepare_images(pictures) if pictures else None,
+        chunk_prefilling=cache is not None,
+        stream_interval=stream_interval,
+        cache=cache,
+        lstrip=True,
+        trace=trace,
+    )
+
+
+def answer(model: VisionLanguageModel, parts: Sequence[Part] | str, *args, **kwargs) -> str:
+    """The whole answer at once: `stream`, read to its end."""
+    *_, last = stream(model, parts, *args, **kwargs)
+    return last["text"]
+
+
+def stream_output(
+    generator: Iterable[Chunk], time_stats: TimeStats | None = None, *, file: TextIO | None = None
+) -> str:
+    """Write an answer to a console while it comes; return it. `time_stats` collects the timing."""
+    file = sys.stdout if file is None else file
+    text = ""
+    for chunk in generator:
+        text = chunk["text"]
+        file.write(chunk["delta"])
+        file.flush()
+        if time_stats is not None and chunk["timing"]:
+            time_stats.add(chunk["timing"])
+    file.write("\n")
+    return text
+
+
+@dataclass(slots=True)
+class TimeStats:
+    """Collects the `timing` of any number of turns. Times are in seconds."""
+
+    context_tokens: int = 0
+    context_times: list[float] = field(default_factory=list)
+    step_times: list[float] = field(default_factory=list)
+
+    def add(self, timing: dict) -> None:
+        self.context_tokens += timing["context_tokens"]
+        self.context_times.append(timing["context_time"])
+        self.step_times += timing["generation_time_list"]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed, from the median step; None before the first step."""
+        return 1 / statistics.median(self.step_times) if self.step_times else None
+
+    def __str__(self) -> str:
+        if not self.context_times:
+            return "no turn yet"
+        first = (
+            f"{self.context_tokens} tokens read, first answer token after "
+            f"{1e3 * statistics.median(self.context_times):.1f} ms"
+        )
+        if not self.step_times:
+            return first
+        return (
+            f"{first}; then {len(self.step_times)} steps of "
+            f"{1e3 * statistics.median(self.step_times):.2f} ms (median), "
+            f"{self.tokens_per_second:.0f} tokens/s"
+        )

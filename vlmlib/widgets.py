@@ -1,0 +1,230 @@
+"""Panels for JupyterLab: drive a stream with buttons and sliders, and stop it at any time.
+
+A panel runs its stream in one thread of its own, because a callback that loops would keep the
+kernel from hearing the Stop button. The thread looks at an event between tokens, writes text at
+most fifteen times a second, and shows its own errors: nobody else would.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import html
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import ipywidgets as w
+from PIL import Image
+
+from .errors import ImageError
+from .figures import latency, show
+from .images import load_image
+from .model import VisionLanguageModel
+from .sampling import GenParams
+from .streaming import TimeStats, stream
+
+TEXT_EVERY = 1 / 15
+PLOT_EVERY = 1 / 2
+UPLOADED = "your own picture"
+LABELS = {"description_width": "initial"}
+
+
+class StreamPanel(w.VBox):
+    """Ask a model about a picture: picture, question and sampling on top, the answer below.
+
+    model      a vlmlib model
+    pictures   names with files or Pillow pictures; a list of files is named after them
+    questions  offered in the question field; any other can be typed
+    pace       tokens a second at most, so that eyes can follow; 0 is as fast as it goes. Waiting
+               is left out of all timings.
+
+    `start` and `stop` are the buttons; `wait(seconds)` waits for the stream to end.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        pictures: Mapping[str, Path | Image.Image] | Sequence[Path],
+        questions: Sequence[str],
+        *,
+        pace: int = 15,
+        max_tokens: int = 128,
+    ):
+        self.model = model
+        if not isinstance(pictures, Mapping):
+            pictures = {Path(p).stem: p for p in pictures}
+        self._pictures = {name: load_image(p) for name, p in pictures.items()}
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._build_controls(questions, pace, max_tokens)
+        self._build_output()
+        self._picture_changed()
+        super().__init__([self._controls, self._buttons, self.status, self.text, self.plot])
+
+    # ---- what the reader sees ----
+
+    def _build_controls(self, questions: Sequence[str], pace: int, max_tokens: int) -> None:
+        wide = w.Layout(width="25rem")
+        self.picture = w.Dropdown(
+            options=list(self._pictures), description="picture", style=LABELS, layout=wide
+        )
+        self.upload = w.FileUpload(accept="image/*", description="your own picture", layout=wide)
+        self.question = w.Combobox(
+            value=questions[0],
+            options=tuple(questions),
+            description="question",
+            placeholder="ask something",
+            ensure_option=False,
+            style=LABELS,
+            layout=wide,
+        )
+        slider = {"style": LABELS, "layout": wide, "continuous_update": False}
+        self.temp = w.FloatSlider(0.0, min=0, max=2, step=0.1, description="temperature", **slider)
+        self.top_p = w.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top-p", **slider)
+        self.top_k = w.IntSlider(0, min=0, max=100, description="top-k (0 is off)", **slider)
+        self.repeat_penalty = w.FloatSlider(
+            1.0, min=1, max=2, step=0.05, description="repetition penalty", **slider
+        )
+        self.max_tokens = w.IntSlider(
+            max_tokens, min=1, max=512, description="most new tokens", **slider
+        )
+        self.seed = w.IntText(0, description="seed", style=LABELS, layout=wide)
+        self.pace = w.IntSlider(
+            pace, min=0, max=100, description="tokens/s shown (0 is all)", **slider
+        )
+        self.preview = w.HTML()
+        self.picture.observe(self._picture_changed, "value")
+        self.upload.observe(self._uploaded, "value")
+        sliders = [self.temp, self.top_p, self.top_k, self.repeat_penalty]
+        rest = [self.max_tokens, self.seed, self.pace]
+        self._controls = w.HBox(
+            [
+                self.preview,
+                w.VBox([self.picture, self.upload, self.question, *sliders, *rest]),
+            ],
+            layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 1.5rem"),
+        )
+
+    def _build_output(self) -> None:
+        self.start = w.Button(description="Stream", button_style="primary", icon="play")
+        self.stop = w.Button(description="Stop", icon="stop", disabled=True)
+        self.start.on_click(self._start)
+        self.stop.on_click(lambda _: self._stopping.set())
+        self._buttons = w.HBox([self.start, self.stop])
+        self.status = w.HTML("ready")
+        self.text = w.HTML(layout=w.Layout(min_height="4.5em"))
+        self.plot = w.HTML(self._plot_html(0.0, []))
+        self._say("")
+
+    def _picture_changed(self, _=None) -> None:
+        image = self._pictures[self.picture.value]
+        small = image.copy()
+        small.thumbnail((260, 260))
+        alt = f"the chosen picture: {self.picture.value}"
+        self.preview.value = show(small, caption=alt, alt=alt).img
+
+    def _uploaded(self, change) -> None:
+        if not change["new"]:
+            return
+        try:
+            self._pictures[UPLOADED] = load_image(bytes(change["new"][0]["content"]))
+        except ImageError as e:
+            self._status(f"{change['new'][0]['name']}: {e}", error=True)
+            return
+        self.picture.options = list(self._pictures)
+        self.picture.value = UPLOADED
+        self._picture_changed()
+
+    def _status(self, message: str, *, error: bool = False) -> None:
+        style = ' style="color:#D55E00;font-weight:bold"' if error else ""
+        self.status.value = f'<span role="status"{style}>{html.escape(message)}</span>'
+
+    def _say(self, text: str) -> None:
+        self.text.value = (
+            '<div style="font-size:115%;line-height:1.4;white-space:pre-wrap" aria-label="answer">'
+            f"{html.escape(text) or '&nbsp;'}</div>"
+        )
+
+    def _plot_html(self, first: float, steps: Sequence[float]) -> str:
+        alt = f"milliseconds per token of the answer, {len(steps) + bool(first)} tokens so far"
+        return show(latency(first, steps), caption=alt, alt=alt, width=640).img
+
+    # ---- the stream ----
+
+    def params(self) -> GenParams:
+        """What the sliders say now."""
+        return GenParams(
+            temp=self.temp.value,
+            top_p=self.top_p.value,
+            top_k=self.top_k.value,
+            repeat_penalty=self.repeat_penalty.value,
+            n_predict=self.max_tokens.value,
+            seed=self.seed.value,
+        )
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the running stream to end; False if it did not within `seconds`."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _start(self, _) -> None:
+        if not self.wait(0):
+            return
+        self._stopping.clear()
+        self.start.disabled, self.stop.disabled = True, False
+        self._say("")
+        self._status("reading the picture and the question ...")
+        # With the context copied, what the thread shows belongs to this panel's cell.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._stream(self._pictures[self.picture.value], self.question.value, self.params())
+        except Exception as e:  # a thread's exception reaches nobody: show it here
+            self._status(f"{type(e).__name__}: {e}", error=True)
+        finally:
+            self.start.disabled, self.stop.disabled = False, True
+
+    def _stream(self, image: Image.Image, question: str, params: GenParams) -> None:
+        chunks = stream(self.model, [image, question], params)
+        chunk, times, text_at, plot_at = None, [], 0.0, perf_counter()
+        while not self._stopping.is_set():
+            start = perf_counter()
+            if (new := next(chunks, None)) is None:
+                break
+            chunk, now = new, perf_counter()
+            if chunk["finish_reason"] is None:
+                times.append(now - start)
+            if now - text_at > TEXT_EVERY:
+                self._say(chunk["text"])
+                text_at = now
+            if now - plot_at > PLOT_EVERY:
+                self.plot.value = self._plot_html(times[0], times[1:])
+                plot_at = now
+            if self.pace.value:
+                self._stopping.wait(1 / self.pace.value)
+        chunks.close()
+        self._finish(chunk, times)
+
+    def _finish(self, chunk: dict | None, times: list[float]) -> None:
+        if chunk is None:
+            return self._status("stopped before the first token")
+        self._say(chunk["text"])
+        if times:
+            self.plot.value = self._plot_html(times[0], times[1:])
+        reason = chunk["finish_reason"]
+        ending = {"stop": "the model ended its answer", "length": "the token limit was reached"}
+        stats = TimeStats()
+        stats.add(
+            chunk["timing"]
+            or {
+                "context_tokens": chunk["usage"]["prompt_tokens"],
+                "context_time": times[0],
+                "generation_time_list": times[1:],
+            }
+        )
+        return self._status(f"{ending.get(reason, 'stopped')}; {stats}")
