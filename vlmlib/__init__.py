@@ -12,23 +12,50 @@ Axes are named alike in every docstring:
 """
 
 from .cache import KVCache
+from .chessboard import (
+    merge_chessboard,
+    merge_features_for_dynamic_s2,
+    pixel_shuffle,
+    space_to_depth,
+    split_chessboard,
+)
 from .decoding import TokenTrace, decode
 from .errors import (
     CacheError,
     CheckpointError,
     ContextLengthError,
+    DeviceError,
     GenParamsError,
     ImageError,
     NonFiniteLogitsError,
     PlaceholderError,
+    ShapeError,
+    VideoError,
     VlmError,
 )
+from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageProcessor, load_image, pad_to_square, process_images
 from .llava import Llava, LlavaStreamGenerator
 from .loading import DATA, load, shipped_models
 from .model import VisionLanguageModel
+from .projectors import build_projector, projected_side
 from .sampling import GenParams, prepare_logits_processor
 from .streaming import TimeStats, answer, stream, stream_output
+from .tiling import (
+    anyres_tiles,
+    anyres_tokens,
+    dynamic_preprocess,
+    dynamic_s2_preprocess,
+    dynamic_s2_tiles,
+    dynamic_s2_tokens,
+    dynamic_tiles,
+    find_closest_aspect_ratio,
+    get_anyres_image_grid_shape,
+    merge_anyres,
+    select_best_resolution,
+    tile_grids,
+    unpad_image,
+)
 from .tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -36,6 +63,7 @@ from .tokenization import (
     escape_special_tokens,
     tokenizer_image_token,
 )
+from .video import get_index, load_video, uniform_indices
 
 __all__ = [
     "DATA",
@@ -45,6 +73,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "ContextLengthError",
+    "DeviceError",
     "GenParams",
     "GenParamsError",
     "ImageError",
@@ -54,20 +83,46 @@ __all__ = [
     "LlavaStreamGenerator",
     "NonFiniteLogitsError",
     "PlaceholderError",
+    "ShapeError",
     "TimeStats",
     "TokenTrace",
+    "VideoError",
     "VisionLanguageModel",
     "VlmError",
     "answer",
+    "anyres_tiles",
+    "anyres_tokens",
+    "build_projector",
     "decode",
+    "dynamic_preprocess",
+    "dynamic_s2_preprocess",
+    "dynamic_s2_tiles",
+    "dynamic_s2_tokens",
+    "dynamic_tiles",
     "escape_special_tokens",
+    "find_closest_aspect_ratio",
+    "get_anyres_image_grid_shape",
+    "get_index",
     "load",
     "load_image",
+    "load_video",
+    "merge_anyres",
+    "merge_chessboard",
+    "merge_features_for_dynamic_s2",
     "pad_to_square",
+    "pixel_shuffle",
+    "prepare_inputs_labels_for_multimodal",
     "prepare_logits_processor",
     "process_images",
+    "projected_side",
+    "select_best_resolution",
     "shipped_models",
+    "space_to_depth",
+    "split_chessboard",
     "stream",
     "stream_output",
+    "tile_grids",
     "tokenizer_image_token",
+    "uniform_indices",
+    "unpad_image",
 ]

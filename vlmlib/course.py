@@ -35,7 +35,9 @@ class Table:
             return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in shown) + "</tr>"
 
         body = "".join(row(r, "td") for r in self.rows)
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        style = "caption-side:bottom;text-align:left;white-space:nowrap"
+        words = html.escape(self.caption)
+        caption = f'<caption style="{style}">{words}</caption>' if words else ""
         head = f"<thead>{row(self.header, 'th')}</thead>"
         return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
 
@@ -53,6 +55,34 @@ class Link:
     @property
     def html(self) -> str:
         return f'<a href="{html.escape(self.target)}">{html.escape(self.text)}</a>'
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Tokens in a row, each over its id; `marked` ids stand out."""
+
+    ids: Sequence[int]
+    texts: Sequence[str]
+    marked: Sequence[int] = ()
+    caption: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(f"{text!r}:{i}" for i, text in zip(self.ids, self.texts, strict=True))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def token(i: int, text: str) -> str:
+            colours = "#D55E00;color:white" if i in self.marked else "#DCE9F2;color:black"
+            style = (
+                f"display:inline-block;background:{colours};padding:1px 5px;margin:1px;"
+                "border-radius:3px;text-align:center;font-family:monospace;white-space:pre"
+            )
+            shown = html.escape(text.replace("\n", "⏎").replace(" ", "␣"))
+            return f'<span style="{style}">{shown}<br><small>{i}</small></span>'
+
+        row = "".join(token(i, text) for i, text in zip(self.ids, self.texts, strict=True))
+        return f"<div>{row}<div>{html.escape(self.caption)}</div></div>"
 
 
 def check(answer: Any, test: Callable[[Any], bool], hint: str) -> str:

@@ -13,6 +13,14 @@ class ImageError(VlmError, ValueError):
     """A picture is missing, broken, or not a picture."""
 
 
+class VideoError(VlmError, ValueError):
+    """A video is missing, broken, or has not the frames asked for."""
+
+
+class ShapeError(VlmError, ValueError):
+    """Two sizes that must fit together do not."""
+
+
 class PlaceholderError(VlmError, ValueError):
     """The number of media placeholders in the prompt is not the number of media."""
 
@@ -31,6 +39,10 @@ class CacheError(VlmError, ValueError):
 
 class CheckpointError(VlmError, OSError):
     """A checkpoint is missing, incomplete, or of a kind vlmlib does not know."""
+
+
+class DeviceError(VlmError, ValueError):
+    """The device is not on this machine, or not the one the model is on."""
 
 
 class NonFiniteLogitsError(VlmError, ArithmeticError):

@@ -11,7 +11,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -72,13 +71,17 @@ def png_of(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def axes(width: float = 7.0, height: float = 2.6, **labels: str) -> tuple[Figure, Axes]:
-    """A figure of `width` x `height` inches with one pair of axes; `labels` go to `Axes.set`."""
+def axes(width: float = 7.0, height: float = 2.6, *, columns: int = 1, **labels: str):
+    """A figure of `width` x `height` inches with one pair of axes, or an array of `columns` pairs.
+
+    `labels` go to `Axes.set` of each. Returns (Figure, Axes or array of Axes).
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    ax = figure.subplots()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set(**labels)
-    return figure, ax
+    panes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in panes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(**labels)
+    return figure, panes[0] if columns == 1 else panes
 
 
 def latency(
@@ -92,5 +95,6 @@ def latency(
     ax.bar([1], [1e3 * first], color=ORANGE, label="first: picture, prompt and sampling")
     ax.bar(range(2, len(steps) + 2), [1e3 * s for s in steps], color=BLUE, label="one decode step")
     ax.set_xlim(0.3, max(len(steps) + 1, 10) + 0.7)
+    ax.set_ylim(0, 1.1e3 * max([first, *steps]) or 1)
     ax.legend(frameon=False, loc="upper right")
     return figure

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from itertools import groupby
+from functools import partial
+from itertools import groupby, islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .tokenization import IMAGE_TOKEN_INDEX, check_placeholders
+from .errors import ContextLengthError, ShapeError
+from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, check_placeholders
 
 
 def fuse(
@@ -78,3 +82,91 @@ def digest(x: Tensor) -> str:
         raw.view(torch.uint8).numpy().tobytes() + repr((raw.shape, raw.dtype)).encode(),
         digest_size=16,
     ).hexdigest()
+
+
+def prepare_inputs_labels_for_multimodal(
+    model,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    labels: Tensor | None,
+    images: Any,
+    image_sizes: Any = None,
+    *,
+    padding_side: str = "right",
+    model_max_length: int | None = None,
+    truncate: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+    """A padded batch of (b, n) ids, with one IMAGE_TOKEN_INDEX a picture -> LLaVA's six values:
+
+    (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)
+
+    model           has embed((n,) ids) -> (n, d) and encode_images(images) -> one (n_i, d) tensor a
+                    picture; `image_sizes` is passed on to it if given
+    attention_mask  (b, n), 0 where `input_ids` is padding, which is dropped; pictures are in the
+                    order of the batch's placeholders
+    labels          (b, n), becomes (b, n'), IGNORE_INDEX for pictures and padding
+    padding_side    of the results; "left" for decoding
+    truncate        cut what exceeds `model_max_length`; otherwise it is an error
+
+    What was None stays None, except for the mask where padding was needed. Without pictures, and
+    for the single id of a decoding step, nothing changes and inputs_embeds is None.
+    Raises PlaceholderError, ContextLengthError, ShapeError.
+    Source: LLaVA:llava/model/llava_arch.py.
+    """
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    rows = _without_padding(input_ids, mask, "input_ids")
+    row_labels = rows if labels is None else _without_padding(labels, mask, "labels")
+    counts = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
+    if not sum(counts) and (images is None or input_ids.shape[1] == 1):
+        return input_ids, position_ids, attention_mask, past_key_values, None, labels
+    features = [] if images is None else _encode(model, images, image_sizes)
+    check_placeholders(sum(counts), len(features))
+    pictures = iter(features)
+    groups = [list(islice(pictures, n)) for n in counts]
+    embeds = [fuse(r.tolist(), g, model.embed)[0] for r, g in zip(rows, groups, strict=True)]
+    targets = [_fuse_labels(*row) for row in zip(rows, row_labels, groups, strict=True)]
+    _check_lengths([len(e) for e in embeds], None if truncate else model_max_length)
+    embeds, targets = ([x[:model_max_length] for x in xs] for xs in (embeds, targets))
+    spans = [torch.arange(len(e), device=input_ids.device) for e in embeds]
+    pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+    new_mask = pad([torch.ones_like(span, dtype=mask.dtype) for span in spans])
+    unpadded = attention_mask is None and bool(new_mask.all())
+    return (
+        None,
+        None if position_ids is None else pad(spans),
+        None if unpadded else new_mask,
+        past_key_values,
+        pad(embeds),
+        None if labels is None else pad(targets, padding_value=IGNORE_INDEX),
+    )
+
+
+def _without_padding(x: Tensor, mask: Tensor, name: str) -> list[Tensor]:
+    """(b, n) and its mask -> b tensors (n_i,)."""
+    if x.shape != mask.shape:
+        raise ShapeError(f"{name} is {tuple(x.shape)}, the attention mask {tuple(mask.shape)}")
+    return [row[kept.bool()] for row, kept in zip(x, mask, strict=True)]
+
+
+def _encode(model, images: Any, image_sizes: Any) -> list[Tensor]:
+    sizes = [] if image_sizes is None else [image_sizes]
+    return list(model.encode_images(images, *sizes))
+
+
+def _fuse_labels(row: Tensor, labels: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """(n,) ids and labels -> (n',) labels, IGNORE_INDEX where pictures are."""
+    ignored = [labels.new_full((len(f), 1), IGNORE_INDEX) for f in features]
+    text = labels[row != IMAGE_TOKEN_INDEX]
+    return fuse(row.tolist(), ignored, lambda _: text[:, None])[0, :, 0]
+
+
+def _check_lengths(lengths: list[int], limit: int | None) -> None:
+    if limit is not None and max(lengths) > limit:
+        raise ContextLengthError(
+            f"with their pictures the prompts take {lengths} positions, but model_max_length is "
+            f"{limit}; truncate=True would cut them"
+        )

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 
 from .cache import KVCache
 from .decoding import Chunk, Turn, decode
-from .errors import CacheError
+from .errors import CacheError, DeviceError
 from .images import ImageSource, process_images
 from .model import VisionLanguageModel, end_of_answer_ids, stack_images
 from .sampling import GenParams
@@ -173,4 +173,4 @@ def check_device(wanted: str | torch.device | None, own: torch.device) -> None:
         return
     device = torch.device(wanted)
     if device.type != own.type or (device.index or 0) != (own.index or 0):
-        raise ValueError(f"device is {device}, but the model is on {own}: move one of them")
+        raise DeviceError(f"device is {device}, but the model is on {own}: move one of them")

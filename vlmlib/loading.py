@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
-from .errors import CheckpointError
+from .errors import CheckpointError, DeviceError
 from .images import ImageProcessor
 from .llava import Llava
 from .model import VisionLanguageModel
@@ -47,16 +47,17 @@ def load(
                 200 MB of weights) and bfloat16 for large ones
     revision    commit, tag or branch of a hub id
 
-    Only safetensors are read and no code from the checkpoint is run. Raises CheckpointError.
+    Only safetensors are read, and no code from the checkpoint is run.
+    Raises CheckpointError and DeviceError.
     """
     folder = find_checkpoint(checkpoint, revision=revision)
     model_type = _read_config(folder).get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder}: config.json has model_type {model_type!r}, expected one of {list(FAMILIES)}"
         )
     family, net_class = FAMILIES[model_type]
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     if not size:
         raise CheckpointError(f"{folder}: holds no *.safetensors file")
@@ -67,7 +68,20 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with _blaming(folder, "configuration and weights"):
         net = _load_net(net_class, folder, dtype, quiet=size < SMALL)
-    return family(net.to(device), tokenizer, ImageProcessor.from_folder(folder))
+    model = family(net.to(device), tokenizer, ImageProcessor.from_folder(folder))
+    model.name = os.fspath(checkpoint)
+    return model
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or the GPU if there is one, else the CPU. Raises DeviceError."""
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=(found := torch.device(wanted)))
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).partition("\n")[0]
+        raise DeviceError(f"device {str(wanted)!r} cannot be used here: {reason}") from None
+    return found
 
 
 def shipped_models() -> list[str]:

@@ -29,9 +29,11 @@ class VisionLanguageModel(ABC):
     net              the network; its weights stay as transformers loaded them
     tokenizer        fast tokenizer
     image_processor  see `vlmlib.images.ImageProcessor`
+    name             what `vlmlib.load` was asked for
     """
 
     family: str
+    name: str = ""
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
         self.net = net.eval()

@@ -20,6 +20,7 @@ from PIL import Image
 from .errors import ImageError
 from .figures import latency, show
 from .images import load_image
+from .loading import load
 from .model import VisionLanguageModel
 from .sampling import GenParams
 from .streaming import TimeStats, stream
@@ -33,7 +34,7 @@ LABELS = {"description_width": "initial"}
 class StreamPanel(w.VBox):
     """Ask a model about a picture: picture, question and sampling on top, the answer below.
 
-    model      a vlmlib model
+    models     a vlmlib model, or names for `vlmlib.load`; a named one is loaded when first asked
     pictures   names with files or Pillow pictures; a list of files is named after them
     questions  offered in the question field; any other can be typed
     pace       tokens a second at most, so that eyes can follow; 0 is as fast as it goes. Waiting
@@ -44,14 +45,15 @@ class StreamPanel(w.VBox):
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        models: VisionLanguageModel | Sequence[VisionLanguageModel | str],
         pictures: Mapping[str, Path | Image.Image] | Sequence[Path],
         questions: Sequence[str],
         *,
         pace: int = 15,
         max_tokens: int = 128,
     ):
-        self.model = model
+        models = [models] if isinstance(models, (str, VisionLanguageModel)) else models
+        self._models = {m if isinstance(m, str) else m.name or m.family: m for m in models}
         if not isinstance(pictures, Mapping):
             pictures = {Path(p).stem: p for p in pictures}
         self._pictures = {name: load_image(p) for name, p in pictures.items()}
@@ -66,20 +68,14 @@ class StreamPanel(w.VBox):
 
     def _build_controls(self, questions: Sequence[str], pace: int, max_tokens: int) -> None:
         wide = w.Layout(width="25rem")
-        self.picture = w.Dropdown(
-            options=list(self._pictures), description="picture", style=LABELS, layout=wide
-        )
+        choice = {"style": LABELS, "layout": wide}
+        self.model = w.Dropdown(options=list(self._models), description="model", **choice)
+        self.picture = w.Dropdown(options=list(self._pictures), description="picture", **choice)
         self.upload = w.FileUpload(accept="image/*", description="your own picture", layout=wide)
-        self.question = w.Combobox(
-            value=questions[0],
-            options=tuple(questions),
-            description="question",
-            placeholder="ask something",
-            ensure_option=False,
-            style=LABELS,
-            layout=wide,
-        )
-        slider = {"style": LABELS, "layout": wide, "continuous_update": False}
+        self.examples = w.Dropdown(options=list(questions), description="examples", **choice)
+        self.question = w.Text(questions[0], description="question", **choice)
+        self.examples.observe(self._example_chosen, "value")
+        slider = {**choice, "continuous_update": False}
         self.temp = w.FloatSlider(0.0, min=0, max=2, step=0.1, description="temperature", **slider)
         self.top_p = w.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top-p", **slider)
         self.top_k = w.IntSlider(0, min=0, max=100, description="top-k (0 is off)", **slider)
@@ -89,19 +85,20 @@ class StreamPanel(w.VBox):
         self.max_tokens = w.IntSlider(
             max_tokens, min=1, max=512, description="most new tokens", **slider
         )
-        self.seed = w.IntText(0, description="seed", style=LABELS, layout=wide)
+        self.seed = w.IntText(0, description="seed", **choice)
         self.pace = w.IntSlider(
             pace, min=0, max=100, description="tokens/s shown (0 is all)", **slider
         )
         self.preview = w.HTML()
         self.picture.observe(self._picture_changed, "value")
         self.upload.observe(self._uploaded, "value")
+        asked = [self.model, self.picture, self.upload, self.examples, self.question]
         sliders = [self.temp, self.top_p, self.top_k, self.repeat_penalty]
         rest = [self.max_tokens, self.seed, self.pace]
         self._controls = w.HBox(
             [
                 self.preview,
-                w.VBox([self.picture, self.upload, self.question, *sliders, *rest]),
+                w.VBox([*asked, *sliders, *rest]),
             ],
             layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 1.5rem"),
         )
@@ -116,6 +113,9 @@ class StreamPanel(w.VBox):
         self.text = w.HTML(layout=w.Layout(min_height="4.5em"))
         self.plot = w.HTML(self._plot_html(0.0, []))
         self._say("")
+
+    def _example_chosen(self, change) -> None:
+        self.question.value = change["new"]
 
     def _picture_changed(self, _=None) -> None:
         image = self._pictures[self.picture.value]
@@ -189,8 +189,16 @@ class StreamPanel(w.VBox):
         finally:
             self.start.disabled, self.stop.disabled = False, True
 
+    def _loaded(self) -> VisionLanguageModel:
+        """The chosen model; only the stream's own thread calls this."""
+        model = self._models[self.model.value]
+        if isinstance(model, str):
+            self._status(f"loading {model} ...")
+            model = self._models[self.model.value] = load(model)
+        return model
+
     def _stream(self, image: Image.Image, question: str, params: GenParams) -> None:
-        chunks = stream(self.model, [image, question], params)
+        chunks = stream(self._loaded(), [image, question], params)
         chunk, times, text_at, plot_at = None, [], 0.0, perf_counter()
         while not self._stopping.is_set():
             start = perf_counter()
@@ -204,6 +212,7 @@ class StreamPanel(w.VBox):
                 text_at = now
             if now - plot_at > PLOT_EVERY:
                 self.plot.value = self._plot_html(times[0], times[1:])
+                self._status(f"streaming; {self._stats(chunk, times)}")
                 plot_at = now
             if self.pace.value:
                 self._stopping.wait(1 / self.pace.value)
@@ -216,15 +225,12 @@ class StreamPanel(w.VBox):
         self._say(chunk["text"])
         if times:
             self.plot.value = self._plot_html(times[0], times[1:])
-        reason = chunk["finish_reason"]
         ending = {"stop": "the model ended its answer", "length": "the token limit was reached"}
-        stats = TimeStats()
-        stats.add(
-            chunk["timing"]
-            or {
-                "context_tokens": chunk["usage"]["prompt_tokens"],
-                "context_time": times[0],
-                "generation_time_list": times[1:],
-            }
-        )
-        return self._status(f"{ending.get(reason, 'stopped')}; {stats}")
+        reason = ending.get(chunk["finish_reason"], "stopped")
+        return self._status(f"{reason}; {self._stats(chunk, times)}")
+
+    @staticmethod
+    def _stats(chunk: dict, times: list[float]) -> TimeStats:
+        stats = TimeStats(context_tokens=chunk["usage"]["prompt_tokens"])
+        stats.context_times, stats.step_times = times[:1], times[1:]
+        return stats

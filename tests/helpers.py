@@ -1,0 +1,126 @@
+"""Tiny models and small tools that several test files share."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+
+import vlmlib
+
+GOLDEN = Path(__file__).parent / "golden"
+VECTORS = json.loads((GOLDEN / "vectors.json").read_text())
+TOKENIZERS = ("tokenizer_bos", "tokenizer_no_bos")
+CONTEXT = 96
+PICTURE = 28  # pixels a side: 2 x 2 patches
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@cache
+def golden_tokenizer(name: str = "tokenizer_bos") -> PreTrainedTokenizerFast:
+    """Shared, so not to be changed; `fresh_tokenizer` gives one of your own."""
+    return fresh_tokenizer(name)
+
+
+def fresh_tokenizer(name: str = "tokenizer_bos") -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(GOLDEN / name)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_net(
+    tokenizer, seed: int = 0, tower: str = "clip", **text_changes
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA, wild enough that its greedy answers differ from prompt to prompt."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    vision_class = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
+    text = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "vocab_size": len(tokenizer) + 1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlavaConfig(
+        vision_config=vision_class(
+            **size, num_attention_heads=2, image_size=PICTURE, patch_size=PICTURE // 2
+        ),
+        text_config=LlamaConfig(**text | text_changes),
+        image_token_id=len(tokenizer),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = LlavaForConditionalGeneration(config).eval()
+        for weight in net.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
+    net.generation_config.eos_token_id = tokenizer.eos_token_id
+    net.generation_config.pad_token_id = tokenizer.eos_token_id
+    return net
+
+
+def tiny_processor() -> vlmlib.ImageProcessor:
+    return vlmlib.ImageProcessor(PICTURE, PICTURE, PICTURE, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def tiny_llava(name: str = "tokenizer_bos", seed: int = 0, **changes) -> vlmlib.Llava:
+    tokenizer = fresh_tokenizer(name)
+    return vlmlib.Llava(tiny_net(tokenizer, seed, **changes), tokenizer, tiny_processor())
+
+
+def pixels(n: int = 1, seed: int = 0) -> torch.Tensor:
+    """(n, 3, h, w) pictures as a vision tower takes them."""
+    return torch.randn(n, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An RGB picture in which no two pixels are likely to be alike."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def ids_of(chunks: Iterable[dict]) -> list[int]:
+    """All sampled ids, the stop id included, of a stream that was opened with trace=0."""
+    return [token.id for chunk in chunks for token in chunk.get("tokens", ())]
+
+
+def expanded_ids(net, tokenizer, prompt: str) -> torch.Tensor:
+    """(1, n) ids for transformers' own forward and generate: four positions a picture."""
+    runs = (
+        [net.config.image_token_id] * 4 if i == vlmlib.IMAGE_TOKEN_INDEX else [i]
+        for i in vlmlib.tokenizer_image_token(prompt, tokenizer)
+    )
+    return torch.tensor([sum(runs, [])])
+
+
+def living_caches() -> int:
+    """How many key/value caches are in memory."""
+    gc.collect()
+    return sum(type(o) is DynamicCache for o in gc.get_objects())

@@ -1,0 +1,357 @@
+"""From anything that holds a picture to pixel values."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlmlib import (
+    CheckpointError,
+    ImageError,
+    ImageProcessor,
+    load_image,
+    pad_to_square,
+    process_images,
+)
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+SIZES = [
+    *((28, 28), (64, 48), (48, 64), (57, 28), (28, 57), (200, 31), (29, 30), (101, 99)),
+    *((27, 29), (14, 14), (20, 9), (3, 2), (1, 1)),  # smaller than the crop
+    *((1, 40), (40, 1), (1, 7), (7, 1)),
+]
+
+
+def processors(edge: int, crop: int) -> tuple[ImageProcessor, CLIPImageProcessorPil]:
+    ours = ImageProcessor(edge, crop, crop, MEAN, STD)
+    theirs = CLIPImageProcessorPil(
+        size={"shortest_edge": edge},
+        crop_size={"height": crop, "width": crop},
+        image_mean=MEAN,
+        image_std=STD,
+    )
+    return ours, theirs
+
+
+# ---- ImageProcessor ----
+
+
+@pytest.mark.parametrize(("edge", "crop"), [(28, 28), (40, 28), (33, 28), (20, 28), (21, 28)])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_same_pixels_as_transformers(edge, crop, size):
+    ours, theirs = processors(edge, crop)
+    image = noise(*size)
+    x = ours.preprocess(image)["pixel_values"]
+    y = theirs.preprocess(image, return_tensors="pt")["pixel_values"]
+    assert x.shape == y.shape == (1, 3, crop, crop) and x.dtype == torch.float32
+    assert (x - y).abs().max() < 1e-5
+
+
+def test_several_pictures_at_once():
+    ours, theirs = processors(28, 28)
+    images = [noise(40, 30), noise(30, 40, seed=1)]
+    x = ours.preprocess(images)["pixel_values"]
+    y = theirs.preprocess(images, return_tensors="pt")["pixel_values"]
+    assert x.shape == (2, 3, 28, 28)
+    assert (x - y).abs().max() < 1e-5
+
+
+def test_crop_shows_what_the_tower_sees():
+    ours, _ = processors(28, 28)
+    image = noise(50, 30)
+    seen = torch.from_numpy(np.array(ours.crop(image))).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    assert (ours.pixels(image) * std + mean - seen).abs().max() < 1e-6
+
+
+def test_only_torch_tensors():
+    with pytest.raises(ValueError, match="return_tensors"):
+        processors(28, 28)[0].preprocess(noise(3, 3), return_tensors="np")
+
+
+# ---- pad_to_square, process_images ----
+
+
+@pytest.mark.parametrize(("size", "corner"), [((7, 4), (0, 1)), ((4, 7), (1, 0)), ((5, 5), (0, 0))])
+def test_pad_to_square(size, corner):
+    image, colour = noise(*size), (1, 2, 3)
+    square = np.array(pad_to_square(image, colour))
+    side, (left, top) = max(size), corner
+    assert square.shape == (side, side, 3)
+    inside = np.zeros((side, side), dtype=bool)
+    inside[top : top + size[1], left : left + size[0]] = True
+    assert np.array_equal(square[inside], np.array(image).reshape(-1, 3))
+    assert (square[~inside] == colour).all()
+
+
+@pytest.mark.parametrize("whose", [0, 1], ids=["ours", "transformers"])
+def test_process_images_modes(whose):
+    processor = processors(28, 28)[whose]
+    images = [noise(60, 30), noise(30, 60, seed=1)]
+    cropped = processors(28, 28)[0].preprocess(images)["pixel_values"]
+    for config in (None, SimpleNamespace(), SimpleNamespace(image_aspect_ratio=None)):
+        assert (process_images(images, processor, config) - cropped).abs().max() < 1e-5
+    colour = tuple(int(255 * m) for m in MEAN)
+    squares = [pad_to_square(i, colour) for i in images]
+    padded = processors(28, 28)[0].preprocess(squares)["pixel_values"]
+    x = process_images(images, processor, SimpleNamespace(image_aspect_ratio="pad"))
+    assert x.shape == (2, 3, 28, 28)
+    assert (x - padded).abs().max() < 1e-5
+    assert x[0, :, 0].abs().max() < 0.02, "the padding is what normalising makes 0"
+
+
+def test_do_pad_is_the_pad_mode():
+    ours, _ = processors(28, 28)
+    padding = ImageProcessor(28, 28, 28, MEAN, STD, do_pad=True)
+    x = process_images([noise(60, 30)], ours, SimpleNamespace(image_aspect_ratio="pad"))
+    assert torch.equal(x, process_images([noise(60, 30)], padding))
+
+
+@pytest.mark.parametrize("mode", ["anyres", "", "PAD", 1])
+def test_unknown_mode(mode):
+    with pytest.raises(ValueError, match=f"must be None, 'square' or 'pad', got {mode!r}"):
+        process_images(
+            [noise(3, 3)], processors(28, 28)[0], SimpleNamespace(image_aspect_ratio=mode)
+        )
+
+
+def test_process_images_reads_files(tmp_path):
+    noise(9, 9).save(tmp_path / "a.png")
+    ours, _ = processors(28, 28)
+    expected = process_images([noise(9, 9)], ours)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
+        assert torch.equal(process_images([source], ours), expected)
+
+
+# ---- load_image: modes ----
+
+
+def filled(mode: str, value) -> Image.Image:
+    return Image.new(mode, (4, 3), value)
+
+
+def palette(transparent: bool) -> Image.Image:
+    image = Image.new("P", (4, 3), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    if transparent:
+        image.info["transparency"] = 1
+    return image
+
+
+def sixteen_bit(value: int) -> Image.Image:
+    return Image.fromarray(np.full((3, 4), value, dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        pytest.param(filled("RGB", (1, 2, 3)), (1, 2, 3), id="RGB"),
+        pytest.param(filled("L", 100), (100,) * 3, id="L"),
+        pytest.param(filled("LA", (100, 255)), (100,) * 3, id="LA"),
+        pytest.param(filled("LA", (100, 0)), (255,) * 3, id="LA, transparent"),
+        pytest.param(palette(False), (255, 0, 0), id="P"),
+        pytest.param(palette(True), (255,) * 3, id="P, transparent"),
+        pytest.param(filled("RGBA", (255, 0, 0, 255)), (255, 0, 0), id="RGBA"),
+        pytest.param(filled("RGBA", (255, 0, 0, 128)), (255, 127, 127), id="RGBA, half"),
+        pytest.param(filled("RGBA", (255, 0, 0, 0)), (255,) * 3, id="RGBA, transparent"),
+        pytest.param(filled("CMYK", (0, 0, 255, 0)), (255, 255, 0), id="CMYK"),
+        pytest.param(filled("1", 1), (255,) * 3, id="1"),
+        pytest.param(sixteen_bit(0x80FF), (128,) * 3, id="I;16"),
+        pytest.param(sixteen_bit(65535), (255,) * 3, id="I;16, white"),
+        pytest.param(sixteen_bit(200), (200,) * 3, id="I;16, 8 bits used"),
+        pytest.param(filled("I", 65535), (255,) * 3, id="I"),
+        pytest.param(filled("I", 2**31 - 1), (255,) * 3, id="I, beyond 16 bits"),
+        pytest.param(filled("I", -5), (0,) * 3, id="I, negative"),
+        pytest.param(filled("F", 100.0), (100,) * 3, id="F"),
+    ],
+)
+def test_modes(image, colour):
+    loaded = load_image(image)
+    assert loaded.mode == "RGB" and loaded.size == (4, 3)
+    pixels = np.array(loaded).reshape(-1, 3)
+    assert (np.abs(pixels.astype(int) - colour) <= 1).all()
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_sixteen_bit_files_keep_their_brightness():
+    ramp = Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8))
+    grey = np.array(load_image(saved(ramp)))[..., 0].flatten()
+    assert np.array_equal(grey, np.arange(0, 256, 4))
+
+
+def test_rotated_by_exif():
+    image, exif = noise(6, 4), Image.Exif()
+    exif[0x0112] = 6  # stored lying, to be turned a quarter to the right
+    loaded = load_image(saved(image, exif=exif))
+    assert loaded.size == (4, 6)
+    assert np.array_equal(np.array(loaded), np.rot90(np.array(image), k=-1))
+
+
+def test_an_animation_gives_its_first_frame():
+    red, blue = filled("RGB", (255, 0, 0)), filled("RGB", (0, 0, 255))
+    data = saved(red, "GIF", save_all=True, append_images=[blue, red])
+    assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_given_picture_is_left_alone():
+    image = filled("RGBA", (1, 2, 3, 4))
+    load_image(image).putpixel((0, 0), (9, 9, 9))
+    assert image.mode == "RGBA" and image.getpixel((0, 0)) == (1, 2, 3, 4)
+
+
+# ---- load_image: errors ----
+
+
+def huge_png() -> bytes:
+    """100 bytes that claim to be ten thousand million pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 10)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("empty.png", b"", "empty.png: not a picture"),
+        ("notes.txt", b"just some text\n", "notes.txt: not a picture"),
+        ("page.jpg", b"<!doctype html><html>", "page.jpg: not a picture"),
+        ("cut.png", saved(noise(30, 30))[:900], "cut.png: not a picture"),
+        ("cut.jpg", saved(noise(30, 30), "JPEG")[:400], "cut.jpg: not a picture"),
+        ("header.gif", b"GIF89a", "header.gif: not a picture"),
+        ("bomb.png", huge_png(), "bomb.png: too many pixels"),
+    ],
+)
+def test_broken_files(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ImageError, match=words):
+        load_image(tmp_path / name)
+    with pytest.raises(ImageError, match=f"^{len(data)} bytes: "):
+        load_image(data)
+
+
+def test_a_picture_over_the_warning_limit_is_refused(monkeypatch):
+    data = saved(noise(4, 3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)  # Pillow itself only warns up to twice this
+    with pytest.raises(ImageError, match="too many pixels"):
+        load_image(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12)
+    assert load_image(data).size == (4, 3)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ImageError, match=r"nothing\.png: no such file"):
+        load_image(tmp_path / "nothing.png")
+    with pytest.raises(ImageError, match=f"{tmp_path.name}: a folder"):
+        load_image(str(tmp_path))
+    for name in ("x" * 5000, "", "a\0b"):
+        with pytest.raises(ImageError):
+            load_image(name)
+
+
+def test_the_suffix_does_not_matter(tmp_path):
+    (tmp_path / "really_a_png.jpg").write_bytes(saved(noise(5, 4)))
+    assert np.array_equal(np.array(load_image(tmp_path / "really_a_png.jpg")), noise(5, 4))
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["a.png"], np.zeros((3, 3)), torch.zeros(3, 3, 3)])
+def test_wrong_type(wrong):
+    with pytest.raises(ImageError, match=f"got {type(wrong).__name__}"):
+        load_image(wrong)
+
+
+def test_given_pictures_that_cannot_be_used():
+    with pytest.raises(ImageError, match=r"^the given picture: has no pixels \(size 0x3\)"):
+        load_image(Image.new("RGB", (0, 3)))
+    lazy = Image.open(io.BytesIO(saved(noise(30, 30))[:900]))  # fails when its pixels are read
+    with pytest.raises(ImageError, match="^the given picture: not a picture that can be read"):
+        load_image(lazy)
+
+
+# ---- ImageProcessor.from_folder ----
+
+CONFIG = {
+    "size": {"shortest_edge": 30},
+    "crop_size": {"height": 28, "width": 26},
+    "image_mean": MEAN,
+    "image_std": STD,
+}
+
+
+def folder_with(tmp_path, config, name="preprocessor_config.json"):
+    (tmp_path / name).write_text(config if isinstance(config, str) else json.dumps(config))
+    return tmp_path
+
+
+def test_from_folder(tmp_path):
+    assert ImageProcessor.from_folder(folder_with(tmp_path, CONFIG)) == ImageProcessor(
+        30, 28, 26, MEAN, STD
+    )
+    plain = CONFIG | {
+        "size": 30,
+        "crop_size": 28,
+        "resample": 2,
+        "rescale_factor": 1,
+        "do_pad": True,
+    }
+    assert ImageProcessor.from_folder(folder_with(tmp_path, plain)) == ImageProcessor(
+        30, 28, 28, MEAN, STD, resample=2, rescale_factor=1.0, do_pad=True
+    )
+
+
+def test_from_folder_with_the_newer_file(tmp_path):
+    nested = folder_with(tmp_path, {"image_processor": CONFIG}, "processor_config.json")
+    assert ImageProcessor.from_folder(nested).crop_size == {"height": 28, "width": 26}
+
+
+def test_from_what_transformers_saves(tmp_path):
+    ours, theirs = processors(40, 28)
+    theirs.save_pretrained(tmp_path)
+    assert ImageProcessor.from_folder(tmp_path) == ours
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "no preprocessor_config.json"),
+        ({"processor_class": "X"}, "with an image_mean"),
+        ({k: v for k, v in CONFIG.items() if k != "size"}, "not a CLIP preprocessor.*size"),
+        (
+            {k: v for k, v in CONFIG.items() if k != "image_std"},
+            "not a CLIP preprocessor.*image_std",
+        ),
+        (CONFIG | {"size": {}}, "not a CLIP preprocessor"),
+        (CONFIG | {"image_mean": None}, "not a CLIP preprocessor"),
+        (CONFIG | {"resample": "cubic"}, "not a CLIP preprocessor"),
+        ("{ broken", "not readable as a JSON object"),
+        ([1, 2], "not readable as a JSON object"),
+        ({"image_processor": 3}, "not readable as a JSON object"),
+    ],
+)
+def test_from_folder_errors(tmp_path, config, words):
+    if config is not None:
+        folder_with(tmp_path, config)
+    with pytest.raises(CheckpointError, match=f"(?s){tmp_path.name}.*{words}"):
+        ImageProcessor.from_folder(tmp_path)
