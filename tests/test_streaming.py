@@ -35,6 +35,7 @@ from vlmlib import (
     LlavaStreamGenerator,
     NonFiniteLogitsError,
     PlaceholderError,
+    ShapeError,
     TimeStats,
     stream_output,
 )
@@ -431,6 +432,8 @@ def test_trace_of_a_known_distribution():
     params = GenParams(temp=1.0, top_k=2, top_p=1.0, repeat_penalty=1.0, n_predict=1, seed=0)
     (token,) = list(decode(turn, golden_tokenizer(), params, stop_ids=[], trace=0))[0]["tokens"]
     assert token.drawn_from == pytest.approx({90: 2 / 3, 67: 1 / 3}[token.id])
+    assert token.probability == pytest.approx({90: 0.5, 67: 0.25}[token.id])
+    assert token.entropy == pytest.approx(1.75), "the model's own, whatever is cut off"
 
 
 # ---- streams do not disturb each other, nor the caller ----
@@ -676,7 +679,7 @@ def test_wrong_number_of_pictures(llava, path, prompt, n, words):
 @both_paths
 def test_image_tensor_that_is_none(llava, path):
     for wrong in (torch.zeros(28, 28), torch.zeros(1, 1, 28, 28), ["a.png"], torch.zeros(0, 3)):
-        with pytest.raises(PlaceholderError, match=r"must hold \(3, h, w\) pixel values"):
+        with pytest.raises(ShapeError, match=r"expected \(3, h, w\) or .* pixel values, got"):
             ask(llava, path=path, image_tensor=wrong)
 
 

@@ -35,8 +35,9 @@ from .errors import (
 )
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageProcessor, load_image, pad_to_square, process_images
-from .llava import Llava, LlavaStreamGenerator
+from .llava import Llava, LlavaNext, LlavaStreamGenerator
 from .loading import DATA, load, shipped_models
+from .media import Medium
 from .model import VisionLanguageModel
 from .projectors import build_projector, projected_side
 from .sampling import GenParams, prepare_logits_processor
@@ -80,7 +81,9 @@ __all__ = [
     "ImageProcessor",
     "KVCache",
     "Llava",
+    "LlavaNext",
     "LlavaStreamGenerator",
+    "Medium",
     "NonFiniteLogitsError",
     "PlaceholderError",
     "ShapeError",

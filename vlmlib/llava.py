@@ -2,6 +2,7 @@
 
 A CLIP tower cuts the picture into patches; the features of its last layer but one, without the
 class token, pass through a two-layer projector and stand in the prompt where `<image>` stood.
+LLaVA-1.6 (`LlavaNext`) does that for several tiles of the picture.
 Paper: https://arxiv.org/abs/2310.03744.
 Sources: LLaVA:llava/model, llm-awq:tinychat/stream_generators.
 """
@@ -13,14 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from .cache import KVCache
-from .decoding import Chunk, Turn, decode
-from .errors import CacheError, DeviceError
-from .images import ImageSource, process_images
-from .model import VisionLanguageModel, end_of_answer_ids, stack_images
+from .decoding import Chunk, Turn
+from .errors import CacheError
+from .images import ImageSource, load_image, process_images
+from .media import Medium
+from .model import Media, VisionLanguageModel, answer_turn
 from .sampling import GenParams
+from .tiling import anyres_tiles, anyres_tokens, merge_anyres
 from .tokenization import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
@@ -36,17 +44,69 @@ class Llava(VisionLanguageModel):
     net: LlavaForConditionalGeneration
 
     def prepare_images(self, images: Sequence[ImageSource]) -> Tensor:
+        """Pictures -> (b, 3, h, w) as the checkpoint's preprocessing says."""
         return process_images(images, self.image_processor, self.config)
 
     def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
-        """(b, 3, h, w) -> b tensors (n, d): tower, the configured layer, projector."""
-        return list(self.net.get_image_features(pixel_values=pixel_values).pooler_output)
+        """(b, 3, h, w) -> b tensors (n, d): tower, the configured layers, projector."""
+        net, config = self.net.model, self.config
+        pixels = pixel_values.to(self.device, self.dtype)
+        states = net.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        x = torch.cat([states[layer] for layer in layers], dim=-1)  # (b, n, c)
+        if config.vision_feature_select_strategy == "default":
+            x = x[:, 1:]  # without the class token
+        return list(net.multi_modal_projector(x))
 
-    def image_lengths(self, pixel_values: Tensor) -> list[int]:
-        return [image_tokens(self.config, *pixel_values.shape[-2:])] * len(pixel_values)
+    def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
+        return self.as_media(self.prepare_images(sources)) if sources else []
+
+    def medium(self, pixels: Tensor) -> Medium:
+        length = len(pixels) * image_tokens(self.config, *pixels.shape[-2:])
+        return Medium(pixels, length)
+
+    def encode(self, medium: Medium) -> Tensor:
+        return torch.cat(self.encode_images(medium.pixels))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
+
+
+class LlavaNext(Llava):
+    """LLaVA-1.6 around transformers' LlavaNextForConditionalGeneration: anyres tiles."""
+
+    net: LlavaNextForConditionalGeneration
+
+    @property
+    def pinpoints(self) -> list[tuple[int, int]]:
+        """Resolutions as (width, height); the configuration has them the other way round."""
+        return [(width, height) for height, width in self.config.image_grid_pinpoints]
+
+    def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
+        return [self._anyres(load_image(source)) for source in sources]
+
+    def _anyres(self, image) -> Medium:
+        vision = self.config.vision_config
+        tiles = anyres_tiles(image, self.pinpoints, vision.image_size)
+        pixels = torch.stack([self.image_processor.pixels(tile) for tile in tiles])
+        grid = (self.pinpoints, vision.image_size, vision.patch_size)
+        return Medium(pixels, anyres_tokens(*image.size, *grid, rounding="hf"), size=image.size)
+
+    def medium(self, pixels: Tensor) -> Medium:
+        raise TypeError("LLaVA-1.6 needs the size of the picture too: use prepare([picture])")
+
+    def encode(self, medium: Medium) -> Tensor:
+        vision = self.config.vision_config
+        return merge_anyres(
+            torch.stack(self.encode_images(medium.pixels)),
+            medium.size,
+            self.pinpoints,
+            vision.image_size,
+            vision.image_size // vision.patch_size,
+            self.net.model.image_newline,
+            rounding="hf",
+        )
 
 
 def image_tokens(config, height: int, width: int) -> int:
@@ -71,19 +131,17 @@ def prompt_ids(prompt: str, tokenizer) -> list[int]:
 
 
 def transformers_turn(
-    net: LlavaForConditionalGeneration,
-    tokenizer,
-    prompt: str,
-    image_tensor: Tensor | Sequence[Tensor] | None,
+    net: LlavaForConditionalGeneration, tokenizer, prompt: str, image_tensor: Media
 ) -> Turn:
     """A turn of any LlavaForConditionalGeneration through its public `forward`: pictures with the
     prompt, then one id at a time through `past_key_values`.
     """
-    pixels = stack_images(image_tensor)
+    media = Llava(net, tokenizer, None).as_media(image_tensor)
     ids = prompt_ids(prompt, tokenizer)
-    check_placeholders(ids.count(IMAGE_TOKEN_INDEX), 0 if pixels is None else len(pixels))
-    n = 0 if pixels is None else image_tokens(net.config, *pixels.shape[-2:])
-    runs = [[net.config.image_token_id] * n if i == IMAGE_TOKEN_INDEX else [i] for i in ids]
+    check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
+    lengths = iter(m.length for m in media)
+    image_id = net.config.image_token_id
+    runs = ([image_id] * next(lengths) if i == IMAGE_TOKEN_INDEX else [i] for i in ids)
     input_ids = torch.tensor([sum(runs, [])], device=net.device)
     past = DynamicCache(config=net.config.get_text_config(decoder=True))
 
@@ -97,10 +155,12 @@ def transformers_turn(
         )
         return out.logits[:, -1]
 
+    def prefill() -> Tensor:
+        pixels = [m.pixels.to(net.device, net.dtype) for m in media]
+        return feed(input_ids, torch.cat(pixels) if pixels else None)
+
     return Turn(
-        prefill=lambda: feed(
-            input_ids, None if pixels is None else pixels.to(net.device, net.dtype)
-        ),
+        prefill,
         step=feed,
         text_ids=[i for i in ids if i != IMAGE_TOKEN_INDEX],
         prompt_tokens=input_ids.shape[1],
@@ -119,7 +179,7 @@ def LlavaStreamGenerator(
     stream_interval: int = 1,
     echo: bool = False,
     stop_token_ids: Sequence[int] = (),
-    image_tensor: Tensor | Sequence[Tensor] | None = None,
+    image_tensor: Media = None,
     chunk_prefilling: bool = False,
     *,
     cache: KVCache | None = None,
@@ -135,7 +195,7 @@ def LlavaStreamGenerator(
     device         must be the model's own, which is also the default
     echo           begin `text` with the prompt
     stop_token_ids ids that end the answer, besides the model's own
-    image_tensor   (b, 3, h, w) pixel values, or a list of them
+    image_tensor   (b, 3, h, w) pixel values, or a list with one entry for every picture
     chunk_prefilling  feed only what `cache` does not hold; False feeds the whole transcript again
     cache, lstrip, trace   see `VisionLanguageModel.turn` and `vlmlib.decoding.decode`
 
@@ -143,8 +203,6 @@ def LlavaStreamGenerator(
     pictures and parameters are checked at the call, before anything is computed.
     Source: llm-awq:tinychat/stream_generators/llava_stream_gen.py.
     """
-    params = GenParams.of(gen_params)
-    check_device(device, model.device)
     if isinstance(model, PreTrainedModel):
         if start_pos:
             raise CacheError(
@@ -155,22 +213,15 @@ def LlavaStreamGenerator(
     else:
         keep = start_pos if chunk_prefilling else 0
         net, turn = model.net, model.turn(input, image_tensor, start_pos=keep, cache=cache)
-    return decode(
+    return answer_turn(
         turn,
+        net,
         tokenizer,
-        params,
-        stop_ids=end_of_answer_ids(net, tokenizer, stop_token_ids),
+        gen_params,
+        device=device,
+        stop_token_ids=stop_token_ids,
         stream_interval=stream_interval,
         prefix=input if echo else "",
         lstrip=lstrip,
         trace=trace,
     )
-
-
-def check_device(wanted: str | torch.device | None, own: torch.device) -> None:
-    """Nothing is moved behind the caller's back: another device than the model's is an error."""
-    if wanted is None:
-        return
-    device = torch.device(wanted)
-    if device.type != own.type or (device.index or 0) != (own.index or 0):
-        raise DeviceError(f"device is {device}, but the model is on {own}: move one of them")

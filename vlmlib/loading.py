@@ -11,18 +11,25 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, DeviceError
 from .images import ImageProcessor
-from .llava import Llava
+from .llava import Llava, LlavaNext
 from .model import VisionLanguageModel
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 """The repository's pictures and checkpoints."""
 
-FAMILIES = {"llava": (Llava, LlavaForConditionalGeneration)}
+FAMILIES = {
+    "llava": (Llava, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNext, LlavaNextForConditionalGeneration),
+}
 """config.json's model_type -> (vlmlib's class, transformers' class)."""
 
 SMALL = 200e6

@@ -6,21 +6,25 @@ A family (see `vlmlib.llava`) adds how it writes a prompt and what it does with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
-from .decoding import Turn
-from .errors import CacheError, PlaceholderError
-from .fusion import digest, fuse, positions, split_at
+from .decoding import Chunk, Turn, decode
+from .errors import CacheError, DeviceError, ShapeError
+from .fusion import fuse, positions, split_at
 from .images import ImageSource
+from .media import Medium
+from .sampling import GenParams
 from .tokenization import IMAGE_TOKEN_INDEX, check_placeholders, escape_special_tokens
 
 Part = ImageSource | str
+Media = Tensor | Sequence[Tensor | Medium] | None
 
 
 class VisionLanguageModel(ABC):
@@ -43,20 +47,20 @@ class VisionLanguageModel(ABC):
     # ---- what a family adds ----
 
     @abstractmethod
-    def prepare_images(self, images: Sequence[ImageSource]) -> Tensor:
-        """Pictures -> pixel values (b, 3, h, w)."""
+    def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
+        """The pictures and clips of one prompt, in its order -> media ready to be encoded."""
 
     @abstractmethod
-    def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
-        """(b, 3, h, w) -> one (n_i, d) tensor of features a picture, as wide as the embeddings."""
+    def medium(self, pixels: Tensor) -> Medium:
+        """Preprocessed (t, 3, h, w) pixel values of one picture -> a medium."""
 
     @abstractmethod
-    def image_lengths(self, pixel_values: Tensor) -> list[int]:
-        """How many positions each picture will take, without encoding it."""
+    def encode(self, medium: Medium) -> Tensor:
+        """Features (medium.length, d), as wide as the embeddings."""
 
     @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Prompt text -> ids, with IMAGE_TOKEN_INDEX once for every picture."""
+        """Prompt text -> ids, with IMAGE_TOKEN_INDEX once for every medium."""
 
     # ---- what all share ----
 
@@ -140,29 +144,25 @@ class VisionLanguageModel(ABC):
     def turn(
         self,
         prompt: str,
-        image_tensor: Tensor | Sequence[Tensor] | None = None,
+        media: Media = None,
         *,
         start_pos: int = 0,
         cache: KVCache | None = None,
     ) -> Turn:
         """Tokenise the whole prompt; feed only what `cache` does not hold of its first `start_pos`.
 
-        Raises PlaceholderError when placeholders and pictures differ in number, CacheError when
-        `start_pos` is ahead of the cache.
+        `media` are Medium objects or pixel values, see `as_media`. Raises PlaceholderError when
+        placeholders and media differ in number, CacheError when `start_pos` is ahead of the cache.
         """
-        ids = self.prompt_ids(prompt)
-        pixels = stack_images(image_tensor)
-        given = 0 if pixels is None else len(pixels)
-        check_placeholders(ids.count(IMAGE_TOKEN_INDEX), given)
-        pictures = [] if pixels is None else [p.to(self.device, self.dtype) for p in pixels]
-        lengths = [] if pixels is None else self.image_lengths(pixels)
-        content = positions(ids, lengths, [digest(p) for p in pictures])
+        ids, media = self.prompt_ids(prompt), self.as_media(media)
+        check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
+        lengths = [m.length for m in media]
+        content = positions(ids, lengths, [m.key for m in media])
         cache, start = self._reusable(content, start_pos, cache)
 
         def prefill() -> Tensor:
-            first_id, first_picture, offset = split_at(ids, lengths, start)
-            new = pictures[first_picture:]
-            features = self.encode_images(torch.stack(new)) if new else []
+            first_id, first_medium, offset = split_at(ids, lengths, start)
+            features = [self.encode(m) for m in media[first_medium:]]
             inputs = fuse(ids[first_id:], features, self.embed)[:, offset:]
             return self.forward(inputs, start, cache, content[start:])
 
@@ -179,6 +179,24 @@ class VisionLanguageModel(ABC):
             reused_tokens=start,
         )
 
+    def as_media(self, media: Media) -> list[Medium]:
+        """Media as they are; of pixel values (b, 3, h, w), or a list of (3, h, w) or (t, 3, h, w),
+        one medium for each entry. Raises ShapeError.
+        """
+        if media is None:
+            return []
+        if isinstance(media, Tensor):
+            media = list(media) if media.dim() == 4 else [media]
+        out = []
+        for m in media:
+            if isinstance(m, Tensor) and m.dim() in (3, 4) and m.shape[-3] == 3:
+                m = self.medium(m if m.dim() == 4 else m[None])
+            elif not isinstance(m, Medium):
+                shape = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
+                raise ShapeError(f"expected (3, h, w) or (t, 3, h, w) pixel values, got {shape}")
+            out.append(m)
+        return out
+
     def _reusable(self, content, start_pos: int, cache: KVCache | None) -> tuple[KVCache, int]:
         """The cache to write into, and how many of its positions the new prompt can keep."""
         if not isinstance(start_pos, int) or isinstance(start_pos, bool) or start_pos < 0:
@@ -194,15 +212,30 @@ class VisionLanguageModel(ABC):
         return cache, min(start_pos, cache.common_prefix(content), len(content) - 1)
 
 
-def stack_images(image_tensor: Tensor | Sequence[Tensor] | None) -> Tensor | None:
-    """(3, h, w), (b, 3, h, w), or a list of either -> (b, 3, h, w); nothing -> None."""
-    if image_tensor is None or (not isinstance(image_tensor, Tensor) and not len(image_tensor)):
-        return None
-    tensors = [image_tensor] if isinstance(image_tensor, Tensor) else list(image_tensor)
-    if not all(isinstance(t, Tensor) and t.dim() in (3, 4) and t.shape[-3] == 3 for t in tensors):
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
-        raise PlaceholderError(f"image_tensor must hold (3, h, w) pixel values, got {shapes}")
-    return torch.cat([t[None] if t.dim() == 3 else t for t in tensors])
+def answer_turn(
+    turn: Turn,
+    net: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    gen_params: GenParams | Any,
+    *,
+    device: str | torch.device | None = None,
+    stop_token_ids: Collection[int] = (),
+    **options,
+) -> Iterator[Chunk]:
+    """`decode` with a generator's parameters read and checked; `options` are decode's own."""
+    params = GenParams.of(gen_params)
+    check_device(device, turn.device)
+    stop_ids = end_of_answer_ids(net, tokenizer, stop_token_ids)
+    return decode(turn, tokenizer, params, stop_ids=stop_ids, **options)
+
+
+def check_device(wanted: str | torch.device | None, own: torch.device) -> None:
+    """Nothing is moved behind the caller's back: another device than the model's is an error."""
+    if wanted is None:
+        return
+    device = torch.device(wanted)
+    if device.type != own.type or (device.index or 0) != (own.index or 0):
+        raise DeviceError(f"device is {device}, but the model is on {own}: move one of them")
 
 
 def end_of_answer_ids(net: PreTrainedModel, tokenizer, extra: Collection[int] = ()) -> list[int]:

@@ -42,7 +42,7 @@ def stream(
         model.chat_prompt(parts),
         0 if cache is None else len(cache),
         params.but(**changes),
-        image_tensor=model.prepare_images(pictures) if pictures else None,
+        image_tensor=model.prepare(pictures),
         chunk_prefilling=cache is not None,
         stream_interval=stream_interval,
         cache=cache,
