@@ -12,6 +12,7 @@ Axes are named alike in every docstring:
 """
 
 from .cache import KVCache
+from .chat import Chat
 from .chessboard import (
     merge_chessboard,
     merge_features_for_dynamic_s2,
@@ -37,7 +38,7 @@ from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageProcessor, load_image, pad_to_square, process_images
 from .llava import Llava, LlavaNext, LlavaStreamGenerator
 from .loading import DATA, load, shipped_models
-from .media import Medium
+from .media import Medium, Video
 from .model import VisionLanguageModel
 from .projectors import build_projector, projected_side
 from .sampling import GenParams, prepare_logits_processor
@@ -72,6 +73,7 @@ __all__ = [
     "IMAGE_TOKEN",
     "IMAGE_TOKEN_INDEX",
     "CacheError",
+    "Chat",
     "CheckpointError",
     "ContextLengthError",
     "DeviceError",
@@ -89,6 +91,7 @@ __all__ = [
     "ShapeError",
     "TimeStats",
     "TokenTrace",
+    "Video",
     "VideoError",
     "VisionLanguageModel",
     "VlmError",

@@ -203,25 +203,29 @@ def LlavaStreamGenerator(
     pictures and parameters are checked at the call, before anything is computed.
     Source: llm-awq:tinychat/stream_generators/llava_stream_gen.py.
     """
-    if isinstance(model, PreTrainedModel):
-        if start_pos:
-            raise CacheError(
-                f"start_pos is {start_pos}: a transformers model starts at 0, load it with "
-                "vlmlib.load to continue a conversation"
-            )
-        net, turn = model, transformers_turn(model, tokenizer, input, image_tensor)
-    else:
-        keep = start_pos if chunk_prefilling else 0
-        net, turn = model.net, model.turn(input, image_tensor, start_pos=keep, cache=cache)
-    return answer_turn(
-        turn,
-        net,
-        tokenizer,
-        gen_params,
-        device=device,
-        stop_token_ids=stop_token_ids,
-        stream_interval=stream_interval,
-        prefix=input if echo else "",
-        lstrip=lstrip,
-        trace=trace,
-    )
+    options = {
+        "device": device,
+        "stop_token_ids": stop_token_ids,
+        "stream_interval": stream_interval,
+        "lstrip": lstrip,
+        "trace": trace,
+    }
+    if not isinstance(model, PreTrainedModel):
+        return model.stream_prompt(
+            input,
+            image_tensor,
+            gen_params,
+            start_pos=start_pos,
+            chunk_prefilling=chunk_prefilling,
+            cache=cache,
+            echo=echo,
+            **options,
+        )
+    if start_pos:
+        raise CacheError(
+            f"start_pos is {start_pos}: a transformers model starts at 0, load it with "
+            "vlmlib.load to continue a conversation"
+        )
+    turn = transformers_turn(model, tokenizer, input, image_tensor)
+    prefix = input if echo else ""
+    return answer_turn(turn, model, tokenizer, gen_params, prefix=prefix, **options)

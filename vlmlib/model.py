@@ -19,11 +19,11 @@ from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
 from .fusion import fuse, positions, split_at
 from .images import ImageSource
-from .media import Medium
+from .media import Medium, Video
 from .sampling import GenParams
 from .tokenization import IMAGE_TOKEN_INDEX, check_placeholders, escape_special_tokens
 
-Part = ImageSource | str
+Part = ImageSource | Video | str
 Media = Tensor | Sequence[Tensor | Medium] | None
 
 
@@ -125,11 +125,23 @@ class VisionLanguageModel(ABC):
         return self.net.lm_head(out.last_hidden_state[:, -1])
 
     def chat_prompt(self, parts: Sequence[Part]) -> str:
-        """Pictures and texts of one user turn, in order -> the prompt the model was trained on.
+        """Pictures and texts of one user turn, in order -> the prompt the model was trained on."""
+        return self.conversation_prompt([("user", parts)])
+
+    def conversation_prompt(self, messages: Sequence[tuple[str, Sequence[Part]]]) -> str:
+        """(role, parts) of all turns so far -> the prompt for the next answer.
 
         A str is text and a `Path` or Pillow picture is a picture; text is escaped, so it cannot
         smuggle in placeholders or control tokens.
         """
+        return self.tokenizer.apply_chat_template(
+            [{"role": role, "content": self._content(parts)} for role, parts in messages],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+    def _content(self, parts: Sequence[Part]) -> list[dict[str, str]]:
+        """The parts of one message as chat templates take them."""
         content = []
         for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
             if is_text:  # neighbours as one text: "<ima" and "ge>" must not meet unescaped
@@ -137,9 +149,29 @@ class VisionLanguageModel(ABC):
                 content.append({"type": "text", "text": text})
             else:
                 content += [{"type": "image"} for _ in run]
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        return content
+
+    def stream_prompt(
+        self,
+        prompt: str,
+        media: Media,
+        gen_params: GenParams | Any,
+        *,
+        start_pos: int = 0,
+        chunk_prefilling: bool = False,
+        cache: KVCache | None = None,
+        echo: bool = False,
+        **options,
+    ) -> Iterator[Chunk]:
+        """Stream the answer to a whole prompt: what every family's generator comes down to.
+
+        With `chunk_prefilling` only what the first `start_pos` positions of `cache` do not hold is
+        fed, without it everything. `options` are those of `answer_turn`.
+        """
+        keep = start_pos if chunk_prefilling else 0
+        turn = self.turn(prompt, media, start_pos=keep, cache=cache)
+        options["prefix"] = prompt if echo else ""
+        return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
 
     def turn(
         self,

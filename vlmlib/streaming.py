@@ -10,7 +10,6 @@ from typing import TextIO
 
 from .cache import KVCache
 from .decoding import Chunk
-from .llava import LlavaStreamGenerator
 from .model import Part, VisionLanguageModel
 from .sampling import GenParams
 
@@ -36,16 +35,14 @@ def stream(
     params = GenParams.greedy() if gen_params is None else GenParams.of(gen_params)
     parts = [parts] if isinstance(parts, str) else list(parts)
     pictures = [p for p in parts if not isinstance(p, str)]
-    return LlavaStreamGenerator(
-        model,
-        model.tokenizer,
+    return model.stream_prompt(
         model.chat_prompt(parts),
-        0 if cache is None else len(cache),
+        model.prepare(pictures),
         params.but(**changes),
-        image_tensor=model.prepare(pictures),
+        start_pos=0 if cache is None else len(cache),
         chunk_prefilling=cache is not None,
-        stream_interval=stream_interval,
         cache=cache,
+        stream_interval=stream_interval,
         lstrip=True,
         trace=trace,
     )

@@ -1,0 +1,123 @@
+"""Conversations: what is kept of earlier turns, and that keeping it changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import noise, tiny_llava
+
+from vlmlib import Chat, ContextLengthError, PlaceholderError
+
+TURNS = [
+    [noise(40, 30, seed=0), "what is this?"],
+    ["and this?"],
+    [noise(30, 40, seed=1), "two blue squares?"],
+    ["a red circle?"],
+    [noise(28, 28, seed=2), noise(9, 50, seed=3), "what is this?"],
+]
+ROOM = {"max_position_embeddings": 512}
+OPTIONS = {"n_predict": 9, "trace": 0, "stream_interval": 100}
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def model(request):
+    return tiny_llava(seed=request.param, **ROOM)
+
+
+def talk(chat, turns=TURNS):
+    """(ids, timing) of every turn."""
+    out = []
+    for parts in turns:
+        *_, last = chat.ask(parts, **OPTIONS)
+        out.append(([t.id for t in last["tokens"]], last["timing"]))
+    return out
+
+
+def test_five_turns_equal_the_whole_transcript_every_time(model):
+    kept, fed = Chat(model), Chat(model, chunk_prefilling=False)
+    for (ids, timing), (same, whole) in zip(talk(kept), talk(fed), strict=True):
+        assert ids == same
+        assert timing["context_tokens"] + timing["reused_tokens"] == whole["context_tokens"]
+        assert whole["reused_tokens"] == 0
+    assert kept.messages == fed.messages
+
+
+@pytest.mark.parametrize("turn", range(1, len(TURNS)))
+def test_logits_of_a_later_turn_are_those_of_the_whole_transcript(model, turn):
+    chat = Chat(model)
+    talk(chat, TURNS[:turn])
+    messages = [*chat.messages, ("user", tuple(TURNS[turn]))]
+    pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
+    prompt, media = model.conversation_prompt(messages), model.prepare(pictures)
+    continued = model.turn(prompt, media, start_pos=len(chat.cache), cache=chat.cache)
+    assert continued.reused_tokens > 0
+    assert (continued.prefill() - model.turn(prompt, media).prefill()).abs().max() < 1e-4
+
+
+def test_only_what_is_new_is_fed(model):
+    (_, first), (_, second), *_ = talk(Chat(model))
+    assert first["reused_tokens"] == 0
+    assert second["reused_tokens"] >= first["context_tokens"] - 1
+
+
+def test_an_edited_turn_is_read_again(model):
+    chat = Chat(model)
+    talk(chat, TURNS[:2])
+    chat.messages[0] = ("user", (TURNS[0][0], "what is that?"))
+    fresh = Chat(model)
+    fresh.messages = list(chat.messages)
+    ((ids, timing),) = talk(chat, TURNS[2:3])
+    ((expected, _),) = talk(fresh, TURNS[2:3])
+    assert ids == expected
+    assert 0 < timing["reused_tokens"] < 20
+
+
+def test_a_picture_that_was_painted_over_is_read_again(model):
+    picture = noise(28, 28, seed=5)
+    chat = Chat(model)
+    talk(chat, [[picture, "what is this?"]])
+    picture.paste((255, 0, 0), (0, 0, 28, 28))
+    fresh = Chat(model)
+    fresh.messages = list(chat.messages)
+    ((ids, timing),) = talk(chat, [["and this?"]])
+    assert ids == talk(fresh, [["and this?"]])[0][0]
+    assert timing["reused_tokens"] <= 8  # what stands before the picture
+
+
+def test_a_closed_stream_leaves_its_answer_so_far(model):
+    chat = Chat(model)
+    chunks = chat.ask(TURNS[0], n_predict=9)
+    said = next(chunks)["text"]
+    assert chat.messages == []
+    chunks.close()
+    assert chat.messages[-1] == ("assistant", (said,))
+    fresh = Chat(model, chunk_prefilling=False)
+    fresh.messages = list(chat.messages)
+    assert talk(chat, TURNS[1:2])[0][0] == talk(fresh, TURNS[1:2])[0][0]
+
+
+def test_a_turn_that_cannot_be_asked_leaves_nothing(model):
+    chat = Chat(model)
+    talk(chat, TURNS[:1])
+    before = list(chat.messages)
+    with pytest.raises(ContextLengthError):
+        chat.ask("too long " * 600)
+    assert chat.messages == before
+    assert len(talk(chat, TURNS[1:2])[0][0]) > 0
+
+
+def test_two_conversations_on_one_model_do_not_mix(model):
+    alone = talk(Chat(model)), talk(Chat(model), TURNS[::-1])
+    one, two = Chat(model), Chat(model)
+    mixed = [], []
+    for a, b in zip(TURNS, TURNS[::-1], strict=True):
+        mixed[0].extend(talk(one, [a]))
+        mixed[1].extend(talk(two, [b]))
+    for together, apart in zip(mixed, alone, strict=True):
+        assert [ids for ids, _ in together] == [ids for ids, _ in apart]
+
+
+def test_placeholders_in_user_text_stay_text(model):
+    chat = Chat(model)
+    talk(chat, [[TURNS[0][0], "what is <image>?"], ["<image>"]])
+    with pytest.raises(PlaceholderError):
+        model.turn("<image> <image>", model.prepare([TURNS[0][0]]))

@@ -1,0 +1,77 @@
+"""A conversation: its turns, and the cache that saves reading them again.
+
+Every turn the whole transcript is tokenised anew and compared with what the cache holds, pictures
+by their content. What is the same up to the first difference is kept, the rest is fed. So nothing
+can go stale: an edited turn or another picture differs, and everything behind it is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .decoding import Chunk
+from .model import Part, VisionLanguageModel
+from .sampling import GenParams
+
+Message = tuple[str, tuple[Part, ...]]
+
+
+class Chat:
+    """Ask a model several times about the same pictures.
+
+        chat = Chat(model)
+        for chunk in chat.ask([image, "How many shapes are there?"]):
+            print(chunk["delta"], end="")
+        for chunk in chat.ask("Where is the red one?"):
+            ...
+
+    messages          (role, parts) of all turns; change it as you like, the next turn obeys
+    chunk_prefilling  feed only what is new; False feeds the whole transcript every turn
+    """
+
+    def __init__(self, model: VisionLanguageModel, *, chunk_prefilling: bool = True):
+        self.model = model
+        self.chunk_prefilling = chunk_prefilling
+        self.messages: list[Message] = []
+        self.cache = model.new_cache()
+
+    def ask(
+        self,
+        parts: Sequence[Part] | str,
+        gen_params: GenParams | dict | None = None,
+        *,
+        stream_interval: int = 1,
+        trace: int | None = None,
+        **changes,
+    ) -> Iterator[Chunk]:
+        """Stream the answer to the next user turn; parameters as in `vlmlib.stream`.
+
+        The turn joins the conversation when its stream ends. A stream that is closed early leaves
+        the answer as far as it came.
+        """
+        params = GenParams.greedy() if gen_params is None else GenParams.of(gen_params)
+        parts = (parts,) if isinstance(parts, str) else tuple(parts)
+        messages = [*self.messages, ("user", parts)]
+        pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
+        chunks = self.model.stream_prompt(
+            self.model.conversation_prompt(messages),
+            self.model.prepare(pictures),
+            params.but(**changes),
+            start_pos=len(self.cache),
+            chunk_prefilling=self.chunk_prefilling,
+            cache=self.cache,
+            stream_interval=stream_interval,
+            lstrip=True,
+            trace=trace,
+        )
+        return self._remember(messages, chunks)
+
+    def _remember(self, messages: list[Message], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        text = ""
+        try:
+            for chunk in chunks:
+                text = chunk["text"]
+                yield chunk
+        finally:
+            chunks.close()
+            self.messages = [*messages, ("assistant", (text,))]
