@@ -117,9 +117,9 @@ def test_do_pad_is_the_pad_mode():
     assert torch.equal(x, process_images([noise(60, 30)], padding))
 
 
-@pytest.mark.parametrize("mode", ["anyres", "", "PAD", 1])
+@pytest.mark.parametrize("mode", ["any", "", "PAD", 1])
 def test_unknown_mode(mode):
-    with pytest.raises(ValueError, match=f"must be None, 'square' or 'pad', got {mode!r}"):
+    with pytest.raises(ValueError, match=f"image_aspect_ratio must be .*got {mode!r}"):
         process_images(
             [noise(3, 3)], processors(28, 28)[0], SimpleNamespace(image_aspect_ratio=mode)
         )
@@ -355,3 +355,11 @@ def test_from_folder_errors(tmp_path, config, words):
         folder_with(tmp_path, config)
     with pytest.raises(CheckpointError, match=f"(?s){tmp_path.name}.*{words}"):
         ImageProcessor.from_folder(tmp_path)
+
+
+def test_a_sliver_is_scaled_without_filling_the_memory():
+    processor = processors(28, 28)[0]
+    image = Image.new("RGB", (1, 200_000), (10, 20, 30))
+    image.paste((200, 100, 50), (0, 99_990, 1, 100_010))
+    assert processor.crop(image).size == (28, 28)
+    assert processor.crop(image).getpixel((14, 14)) == (200, 100, 50)

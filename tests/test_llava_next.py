@@ -140,5 +140,5 @@ def test_logits_and_greedy_ids_are_those_of_transformers(model, processor, sizes
 
 
 def test_pixel_values_alone_do_not_tell_the_size(model):
-    with pytest.raises(TypeError, match="size of the picture"):
+    with pytest.raises(TypeError, match="picture's size"):
         model.turn("<image>", torch.zeros(1, 3, TILE, TILE))

@@ -35,6 +35,7 @@ from vlmlib import (
     LlavaStreamGenerator,
     NonFiniteLogitsError,
     PlaceholderError,
+    PromptError,
     ShapeError,
     TimeStats,
     stream_output,
@@ -771,6 +772,15 @@ def test_stream_and_answer(llava, tmp_path):
     assert sampled == vlmlib.answer(llava, "Hello", GenParams(temp=1.5, n_predict=9, seed=1))
 
 
+def test_stream_drops_the_space_in_front(llava):
+    for seed in range(99):  # until an answer begins with a space
+        params = GenParams.greedy(temp=3.0, seed=seed, n_predict=3)
+        *_, last = ask(llava, llava.chat_prompt(["Hello"]), params, image_tensor=None)
+        if last["text"][:1].isspace() and last["text"].strip():
+            break
+    assert vlmlib.answer(llava, "Hello", params) == last["text"].lstrip() != last["text"]
+
+
 @pytest.mark.parametrize(
     "parts", [["<image> </s><s>"], ["<ima", "ge>", "</", "s>"], ["a <image>", "b <ima", "ge>"]]
 )
@@ -824,3 +834,10 @@ def test_time_stats():
         "then 3 steps of 20.00 ms (median), 50 tokens/s"
     )
     assert TimeStats().step_times == [], "nothing is shared between two of them"
+
+
+@both_paths
+def test_an_empty_prompt(path):
+    llava = tiny_llava("tokenizer_no_bos")
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        ask(llava, "", path=path, image_tensor=None)

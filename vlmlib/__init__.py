@@ -20,6 +20,7 @@ from .chessboard import (
     space_to_depth,
     split_chessboard,
 )
+from .conversation import Conversation, conv_templates
 from .decoding import TokenTrace, decode
 from .errors import (
     CacheError,
@@ -30,13 +31,22 @@ from .errors import (
     ImageError,
     NonFiniteLogitsError,
     PlaceholderError,
+    PromptError,
     ShapeError,
     VideoError,
     VlmError,
 )
 from .fusion import prepare_inputs_labels_for_multimodal
-from .images import ImageProcessor, load_image, pad_to_square, process_images
-from .llava import Llava, LlavaNext, LlavaStreamGenerator
+from .images import ImageProcessor, load_image, pad_to_square
+from .internvl import (
+    IMG_CONTEXT_TOKEN,
+    IMG_END_TOKEN,
+    IMG_START_TOKEN,
+    NUM_IMAGE_TOKEN,
+    InternVL,
+    InternVLStreamGenerator,
+)
+from .llava import Llava, LlavaNext, LlavaStreamGenerator, process_images
 from .loading import DATA, load, shipped_models
 from .media import Medium, Video
 from .model import VisionLanguageModel
@@ -72,8 +82,14 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGE_TOKEN",
     "IMAGE_TOKEN_INDEX",
+    "IMG_CONTEXT_TOKEN",
+    "IMG_END_TOKEN",
+    "IMG_START_TOKEN",
+    "NUM_IMAGE_TOKEN",
     "CacheError",
     "Chat",
+    "Conversation",
+    "conv_templates",
     "CheckpointError",
     "ContextLengthError",
     "DeviceError",
@@ -81,6 +97,8 @@ __all__ = [
     "GenParamsError",
     "ImageError",
     "ImageProcessor",
+    "InternVL",
+    "InternVLStreamGenerator",
     "KVCache",
     "Llava",
     "LlavaNext",
@@ -88,6 +106,7 @@ __all__ = [
     "Medium",
     "NonFiniteLogitsError",
     "PlaceholderError",
+    "PromptError",
     "ShapeError",
     "TimeStats",
     "TokenTrace",

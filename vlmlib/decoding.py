@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import ContextLengthError
+from .errors import ContextLengthError, PromptError
 from .sampling import GenParams, Sampler, check_finite
 from .tokenization import TextStream
 
@@ -76,10 +76,12 @@ def decode(
     chunk alone has a `finish_reason` ("stop" or "length") and a `timing`; times are in seconds.
     With `trace=k` each chunk also has "tokens", a TokenTrace for every token since the last one.
 
-    Raises ContextLengthError at the call, NonFiniteLogitsError on the way.
+    Raises PromptError and ContextLengthError at the call, NonFiniteLogitsError on the way.
     """
     if not isinstance(stream_interval, int) or stream_interval < 1:
         raise ValueError(f"stream_interval must be a whole number >= 1, got {stream_interval!r}")
+    if not turn.prompt_tokens:
+        raise PromptError("the prompt is empty: there is nothing to answer")
     if turn.prompt_tokens >= turn.context_len:
         raise ContextLengthError(
             f"the prompt takes {turn.prompt_tokens} tokens, pictures included, and the model's "

@@ -21,6 +21,10 @@ class ShapeError(VlmError, ValueError):
     """Two sizes that must fit together do not."""
 
 
+class PromptError(VlmError, ValueError):
+    """There is nothing in the prompt to answer."""
+
+
 class PlaceholderError(VlmError, ValueError):
     """The number of media placeholders in the prompt is not the number of media."""
 

@@ -115,18 +115,15 @@ def prepare_inputs_labels_for_multimodal(
     Raises PlaceholderError, ContextLengthError, ShapeError.
     Source: LLaVA:llava/model/llava_arch.py.
     """
+    has_placeholder = bool((input_ids == IMAGE_TOKEN_INDEX).any())
+    if not has_placeholder and (images is None or input_ids.shape[1] == 1):
+        return input_ids, position_ids, attention_mask, past_key_values, None, labels
     mask = attention_mask
     if mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
     rows = _without_padding(input_ids, mask, "input_ids")
     row_labels = rows if labels is None else _without_padding(labels, mask, "labels")
-    counts = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
-    if not sum(counts) and (images is None or input_ids.shape[1] == 1):
-        return input_ids, position_ids, attention_mask, past_key_values, None, labels
-    features = [] if images is None else _encode(model, images, image_sizes)
-    check_placeholders(sum(counts), len(features))
-    pictures = iter(features)
-    groups = [list(islice(pictures, n)) for n in counts]
+    groups = _encode(model, images, image_sizes, rows)
     embeds = [fuse(r.tolist(), g, model.embed)[0] for r, g in zip(rows, groups, strict=True)]
     targets = [_fuse_labels(*row) for row in zip(rows, row_labels, groups, strict=True)]
     _check_lengths([len(e) for e in embeds], None if truncate else model_max_length)
@@ -134,11 +131,12 @@ def prepare_inputs_labels_for_multimodal(
     spans = [torch.arange(len(e), device=input_ids.device) for e in embeds]
     pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
     new_mask = pad([torch.ones_like(span, dtype=mask.dtype) for span in spans])
-    unpadded = attention_mask is None and bool(new_mask.all())
+    if attention_mask is None and new_mask.all():
+        new_mask = None
     return (
         None,
         None if position_ids is None else pad(spans),
-        None if unpadded else new_mask,
+        new_mask,
         past_key_values,
         pad(embeds),
         None if labels is None else pad(targets, padding_value=IGNORE_INDEX),
@@ -152,9 +150,14 @@ def _without_padding(x: Tensor, mask: Tensor, name: str) -> list[Tensor]:
     return [row[kept.bool()] for row, kept in zip(x, mask, strict=True)]
 
 
-def _encode(model, images: Any, image_sizes: Any) -> list[Tensor]:
+def _encode(model, images: Any, image_sizes: Any, rows: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Features of all pictures, as many to a row of ids as it has placeholders."""
     sizes = [] if image_sizes is None else [image_sizes]
-    return list(model.encode_images(images, *sizes))
+    features = [] if images is None else list(model.encode_images(images, *sizes))
+    counts = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
+    check_placeholders(sum(counts), len(features))
+    rest = iter(features)
+    return [list(islice(rest, n)) for n in counts]
 
 
 def _fuse_labels(row: Tensor, labels: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -83,6 +83,16 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
+SLIVER = 64
+"""Of a picture more than this many times as long as wide only the middle is scaled."""
+
+
+def _middle(image: Image.Image, length: int) -> Image.Image:
+    """The middle `length` pixels of the longer side."""
+    left, top = (max(0, side - length) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
 @dataclass(frozen=True, slots=True)
 class ImageProcessor:
     """CLIP's preprocessing in Pillow and torch: resize the shorter side, crop, normalise.
@@ -90,6 +100,8 @@ class ImageProcessor:
     Reads the hub's preprocessor_config.json, and gives what transformers' CLIPImageProcessor gives
     with its Pillow backend; torchvision is not needed. The attributes `crop_size` and `image_mean`
     and the method `preprocess` carry transformers' names: `process_images` takes either.
+
+    min_patches, max_patches  how many tiles InternVL cuts a picture into; LLaVA does not use them
     """
 
     shortest_edge: int
@@ -100,6 +112,8 @@ class ImageProcessor:
     resample: int = Image.Resampling.BICUBIC
     rescale_factor: float = 1 / 255
     do_pad: bool = False
+    min_patches: int = 1
+    max_patches: int = 12
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> ImageProcessor:
@@ -120,7 +134,7 @@ class ImageProcessor:
     @classmethod
     def _from_config(cls, config: dict[str, Any], path: Path) -> ImageProcessor:
         try:
-            size, crop = config["size"], config.get("crop_size", config["size"])
+            size, crop = config["size"], config.get("crop_size") or config["size"]
             edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
             crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
             return cls(
@@ -132,6 +146,8 @@ class ImageProcessor:
                 resample=int(config.get("resample", Image.Resampling.BICUBIC)),
                 rescale_factor=float(config.get("rescale_factor", 1 / 255)),
                 do_pad=bool(config.get("do_pad", False)),
+                min_patches=int(config.get("min_patches", 1)),
+                max_patches=int(config.get("max_patches", 12)),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise CheckpointError(
@@ -152,6 +168,8 @@ class ImageProcessor:
         if self.do_pad:
             image = pad_to_square(image, self.background)
         short = min(image.size)
+        if max(image.size) > SLIVER * short:  # scaled whole it would not fit into memory
+            image = _middle(image, SLIVER * short)
         w, h = (int(self.shortest_edge * side / short) for side in image.size)
         image = image.resize((w, h), self.resample)
         left, top = (w - self.crop_width) // 2, (h - self.crop_height) // 2
@@ -169,22 +187,3 @@ class ImageProcessor:
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         images = [images] if isinstance(images, Image.Image) else images
         return {"pixel_values": torch.stack([self.pixels(i) for i in images])}
-
-
-def process_images(images: Sequence[ImageSource], image_processor, model_cfg=None) -> Tensor:
-    """Pictures -> (b, 3, h, w). `model_cfg.image_aspect_ratio` chooses how they meet the square:
-
-    None   the processor alone: resize the shorter side and crop the centre (the sides are lost)
-    "pad"  first centre the whole picture on a square of the mean colour (the original LLaVA-1.5)
-
-    Source: LLaVA:llava/mm_utils.py.
-    """
-    mode = getattr(model_cfg, "image_aspect_ratio", None)
-    if mode not in (None, "square", "pad"):
-        raise ValueError(f"image_aspect_ratio must be None, 'square' or 'pad', got {mode!r}")
-    pictures = [load_image(i) for i in images]
-    if mode == "pad":
-        colour = tuple(int(255 * m) for m in image_processor.image_mean)
-        pictures = [pad_to_square(p, colour) for p in pictures]
-    batches = [image_processor.preprocess(p, return_tensors="pt")["pixel_values"] for p in pictures]
-    return torch.cat(batches)

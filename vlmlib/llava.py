@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -23,12 +24,13 @@ from transformers import (
 
 from .cache import KVCache
 from .decoding import Chunk, Turn
-from .errors import CacheError
-from .images import ImageSource, load_image, process_images
+from .errors import CacheError, ShapeError
+from .fusion import prepare_inputs_labels_for_multimodal
+from .images import ImageSource, load_image, pad_to_square
 from .media import Medium
 from .model import Media, VisionLanguageModel, answer_turn
 from .sampling import GenParams
-from .tiling import anyres_tiles, anyres_tokens, merge_anyres
+from .tiling import Size, anyres_tiles, anyres_tokens, merge_anyres
 from .tokenization import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
@@ -43,21 +45,9 @@ class Llava(VisionLanguageModel):
     family = "llava"
     net: LlavaForConditionalGeneration
 
-    def prepare_images(self, images: Sequence[ImageSource]) -> Tensor:
+    def prepare_images(self, images: Sequence[ImageSource]) -> Tensor | list[Tensor]:
         """Pictures -> (b, 3, h, w) as the checkpoint's preprocessing says."""
         return process_images(images, self.image_processor, self.config)
-
-    def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
-        """(b, 3, h, w) -> b tensors (n, d): tower, the configured layers, projector."""
-        net, config = self.net.model, self.config
-        pixels = pixel_values.to(self.device, self.dtype)
-        states = net.vision_tower(pixels, output_hidden_states=True).hidden_states
-        layers = config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        x = torch.cat([states[layer] for layer in layers], dim=-1)  # (b, n, c)
-        if config.vision_feature_select_strategy == "default":
-            x = x[:, 1:]  # without the class token
-        return list(net.multi_modal_projector(x))
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
         return self.as_media(self.prepare_images(sources)) if sources else []
@@ -66,8 +56,56 @@ class Llava(VisionLanguageModel):
         length = len(pixels) * image_tokens(self.config, *pixels.shape[-2:])
         return Medium(pixels, length)
 
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """(t, 3, h, w) -> (t, n, d): tower, the configured layers, projector."""
+        net, config = self.net.model, self.config
+        pixels = pixels.to(self.device, self.dtype)
+        states = net.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        x = torch.cat([states[layer] for layer in layers], dim=-1)  # (t, n, c)
+        if config.vision_feature_select_strategy == "default":
+            x = x[:, 1:]  # without the class token
+        return net.multi_modal_projector(x)
+
     def encode(self, medium: Medium) -> Tensor:
-        return torch.cat(self.encode_images(medium.pixels))
+        return self.patch_features(medium.pixels).flatten(0, 1)
+
+    def encode_images(self, images: Media, image_sizes: Sequence[Size] | None = None):
+        """Pixel values of pictures -> one (n_i, d) tensor each; sizes are (width, height)."""
+        if image_sizes is None:
+            return [self.encode(m) for m in self.as_media(images)]
+        if len(images) != len(image_sizes):
+            raise ShapeError(f"{len(images)} pictures, but {len(image_sizes)} image_sizes")
+        return [self.encode(self.sized(*x)) for x in zip(images, image_sizes, strict=True)]
+
+    def sized(self, pixels: Tensor, size: Size) -> Medium:
+        """(3, h, w) or (t, 3, h, w) of a picture that was `size` (width, height) -> a medium."""
+        return self.medium(pixels if pixels.dim() == 4 else pixels[None])
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        images: Media = None,
+        image_sizes: Sequence[Size] | None = None,
+        attention_mask: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """transformers' own generation from (b, n) ids with IMAGE_TOKEN_INDEX for each picture.
+
+        `options` are those of transformers' `generate`: do_sample, temperature, top_p, num_beams,
+        max_new_tokens, use_cache, ... A batch of unequal prompts is padded anywhere and masked by
+        `attention_mask` (b, n); it is padded on the left before decoding. Returns (b, n') new ids.
+        Source: LLaVA:llava/model/language_model/llava_llama.py.
+        """
+        ids = input_ids.to(self.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        _, _, mask, _, embeds, _ = prepare_inputs_labels_for_multimodal(
+            self, ids, None, mask, None, None, images, image_sizes, padding_side="left"
+        )
+        embeds = self.embed(ids) if embeds is None else embeds
+        return self.net.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
@@ -86,20 +124,23 @@ class LlavaNext(Llava):
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
         return [self._anyres(load_image(source)) for source in sources]
 
-    def _anyres(self, image) -> Medium:
-        vision = self.config.vision_config
-        tiles = anyres_tiles(image, self.pinpoints, vision.image_size)
+    def _anyres(self, image: Image.Image) -> Medium:
+        tiles = anyres_tiles(image, self.pinpoints, self.config.vision_config.image_size)
         pixels = torch.stack([self.image_processor.pixels(tile) for tile in tiles])
+        return self.sized(pixels, image.size)
+
+    def sized(self, pixels: Tensor, size: Size) -> Medium:
+        vision = self.config.vision_config
         grid = (self.pinpoints, vision.image_size, vision.patch_size)
-        return Medium(pixels, anyres_tokens(*image.size, *grid, rounding="hf"), size=image.size)
+        return Medium(pixels, anyres_tokens(*size, *grid, rounding="hf"), size=tuple(size))
 
     def medium(self, pixels: Tensor) -> Medium:
-        raise TypeError("LLaVA-1.6 needs the size of the picture too: use prepare([picture])")
+        raise TypeError("LLaVA-1.6 needs the picture's size too: use prepare([picture]) or sized")
 
     def encode(self, medium: Medium) -> Tensor:
         vision = self.config.vision_config
         return merge_anyres(
-            torch.stack(self.encode_images(medium.pixels)),
+            self.patch_features(medium.pixels),
             medium.size,
             self.pinpoints,
             vision.image_size,
@@ -107,6 +148,41 @@ class LlavaNext(Llava):
             self.net.model.image_newline,
             rounding="hf",
         )
+
+
+def process_images(
+    images: Sequence[ImageSource], image_processor, model_cfg=None
+) -> Tensor | list[Tensor]:
+    """Pictures -> (b, 3, h, w). `model_cfg.image_aspect_ratio` chooses how they meet the square:
+
+    None, "square"  the processor alone: scale the shorter side, crop the centre (sides are lost)
+    "pad"           first centre the whole picture on a square of the mean colour (LLaVA-1.5)
+    "anyres"        tiles, by `model_cfg.image_grid_pinpoints` (width, height) (LLaVA-1.6): one
+                    (t, 3, h, w) for each picture, in one tensor if all have as many tiles
+
+    Source: LLaVA:llava/mm_utils.py.
+    """
+    mode = getattr(model_cfg, "image_aspect_ratio", None)
+    if mode not in (None, "square", "pad", "anyres"):
+        raise ValueError(
+            f"image_aspect_ratio must be None, 'square', 'pad' or 'anyres', got {mode!r}"
+        )
+    pictures = [load_image(i) for i in images]
+    if mode == "pad":
+        colour = tuple(int(255 * m) for m in image_processor.image_mean)
+        pictures = [pad_to_square(p, colour) for p in pictures]
+    if mode != "anyres":
+        return torch.cat([_pixels([p], image_processor) for p in pictures])
+    tile = image_processor.crop_size["height"]
+    pinpoints = [tuple(p) for p in model_cfg.image_grid_pinpoints]
+    tiled = [_pixels(anyres_tiles(p, pinpoints, tile), image_processor) for p in pictures]
+    return torch.stack(tiled) if len({len(t) for t in tiled}) == 1 else tiled
+
+
+def _pixels(pictures: Sequence[Image.Image], image_processor) -> Tensor:
+    """(b, 3, h, w) from our ImageProcessor or one of transformers'."""
+    batches = [image_processor.preprocess(p, return_tensors="pt")["pixel_values"] for p in pictures]
+    return torch.cat([torch.as_tensor(batch) for batch in batches])
 
 
 def image_tokens(config, height: int, width: int) -> int:

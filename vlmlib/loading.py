@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoTokenizer,
+    InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
 )
@@ -20,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, DeviceError
 from .images import ImageProcessor
+from .internvl import InternVL
 from .llava import Llava, LlavaNext
 from .model import VisionLanguageModel
 
@@ -29,6 +31,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 FAMILIES = {
     "llava": (Llava, LlavaForConditionalGeneration),
     "llava_next": (LlavaNext, LlavaNextForConditionalGeneration),
+    "internvl": (InternVL, InternVLForConditionalGeneration),
 }
 """config.json's model_type -> (vlmlib's class, transformers' class)."""
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .fusion import digest
+from .images import ImageSource
+from .video import VideoSource
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Video:
+    """A clip in a conversation, beside its pictures and texts.
+
+    source      a file name, the bytes of a file, or the frames as a list of pictures
+    num_frames  how many frames to look at; None leaves it to the model
+    bound       (start, end) in seconds of the part to look at; None is all of it
+    """
+
+    source: VideoSource | Sequence[ImageSource]
+    num_frames: int | None = None
+    bound: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

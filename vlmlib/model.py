@@ -34,10 +34,12 @@ class VisionLanguageModel(ABC):
     tokenizer        fast tokenizer
     image_processor  see `vlmlib.images.ImageProcessor`
     name             what `vlmlib.load` was asked for
+    chat_template    a Jinja template in place of the tokenizer's own
     """
 
     family: str
     name: str = ""
+    chat_template: str | None = None
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
         self.net = net.eval()
@@ -136,6 +138,7 @@ class VisionLanguageModel(ABC):
         """
         return self.tokenizer.apply_chat_template(
             [{"role": role, "content": self._content(parts)} for role, parts in messages],
+            chat_template=self.chat_template,
             add_generation_prompt=True,
             tokenize=False,
         )
@@ -148,7 +151,8 @@ class VisionLanguageModel(ABC):
                 text = escape_special_tokens("".join(run), self.tokenizer)
                 content.append({"type": "text", "text": text})
             else:
-                content += [{"type": "image"} for _ in run]
+                kinds = ("video" if isinstance(part, Video) else "image" for part in run)
+                content += [{"type": kind} for kind in kinds]
         return content
 
     def stream_prompt(
@@ -168,9 +172,11 @@ class VisionLanguageModel(ABC):
         With `chunk_prefilling` only what the first `start_pos` positions of `cache` do not hold is
         fed, without it everything. `options` are those of `answer_turn`.
         """
+        check_start(start_pos)
         keep = start_pos if chunk_prefilling else 0
         turn = self.turn(prompt, media, start_pos=keep, cache=cache)
         options["prefix"] = prompt if echo else ""
+        options["stop_token_ids"] = [*self.stop_token_ids, *options.get("stop_token_ids", ())]
         return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
 
     def turn(
@@ -231,8 +237,7 @@ class VisionLanguageModel(ABC):
 
     def _reusable(self, content, start_pos: int, cache: KVCache | None) -> tuple[KVCache, int]:
         """The cache to write into, and how many of its positions the new prompt can keep."""
-        if not isinstance(start_pos, int) or isinstance(start_pos, bool) or start_pos < 0:
-            raise CacheError(f"start_pos must be a whole number >= 0, got {start_pos!r}")
+        check_start(start_pos)
         if start_pos > (0 if cache is None else len(cache)):
             held = "no cache was given" if cache is None else f"the cache holds {len(cache)}"
             raise CacheError(
@@ -241,7 +246,7 @@ class VisionLanguageModel(ABC):
         if cache is None:
             return self.new_cache(), 0
         # The last position is always fed again: its logits are what the answer begins with.
-        return cache, min(start_pos, cache.common_prefix(content), len(content) - 1)
+        return cache, min(start_pos, cache.common_prefix(content), max(len(content) - 1, 0))
 
 
 def answer_turn(
@@ -261,6 +266,11 @@ def answer_turn(
     return decode(turn, tokenizer, params, stop_ids=stop_ids, **options)
 
 
+def check_start(start_pos: int) -> None:
+    if not isinstance(start_pos, int) or isinstance(start_pos, bool) or start_pos < 0:
+        raise CacheError(f"start_pos must be a whole number >= 0, got {start_pos!r}")
+
+
 def check_device(wanted: str | torch.device | None, own: torch.device) -> None:
     """Nothing is moved behind the caller's back: another device than the model's is an error."""
     if wanted is None:
@@ -272,7 +282,7 @@ def check_device(wanted: str | torch.device | None, own: torch.device) -> None:
 
 def end_of_answer_ids(net: PreTrainedModel, tokenizer, extra: Collection[int] = ()) -> list[int]:
     """Ids that end an answer: the tokenizer's EOS, the checkpoint's, and those asked for."""
-    ids = set(extra)
+    ids = set(extra or ())
     for eos in (tokenizer.eos_token_id, getattr(net.generation_config, "eos_token_id", None)):
         ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
     return sorted(ids)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import PlaceholderError
 
 IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<video>"
 IMAGE_TOKEN_INDEX = -200  # no vocabulary has a negative id, so it cannot be mistaken for text
 IGNORE_INDEX = -100
 
@@ -61,7 +62,8 @@ def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     `<image>`, `</s>`, `<|im_end|>` ... get a zero-width space after their first character: they
     read the same and tokenise as plain text.
     """
-    for token in {IMAGE_TOKEN, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    for token in {IMAGE_TOKEN, VIDEO_TOKEN} | special:
         text = text.replace(token, token[0] + "\u200b" + token[1:])
     return text
 

@@ -1,0 +1,48 @@
+"""LLaVA's prompt formats, written out."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmlib import conv_templates
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+EXPECTED = {
+    "vicuna_v1": f"{VICUNA} USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where? ASSISTANT:",
+    "llava_v1": f"{VICUNA.replace('user', 'human')} "
+    "USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where? ASSISTANT:",
+    "mistral_instruct": "[INST] <image>\nWhat? [/INST] A cat. </s>[INST] Where? [/INST]",
+    "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|>"
+    "<|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\nA cat.<|im_end|>"
+    "<|im_start|>user\nWhere?<|im_end|><|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_two_turns(name):
+    conversation = conv_templates[name].copy()
+    user, assistant = conversation.roles
+    for role, text in [(user, "<image>\nWhat?"), (assistant, "A cat."), (user, "Where?")]:
+        conversation.append_message(role, text)
+    conversation.append_message(assistant, None)
+    assert conversation.get_prompt() == EXPECTED[name]
+    assert conv_templates[name].messages == []
+
+
+def test_all_of_them_are_here():
+    assert set(conv_templates) == set(EXPECTED)
+
+
+@pytest.mark.parametrize(("name", "stop"), [("vicuna_v1", "</s>"), ("chatml_direct", "<|im_end|>")])
+def test_stop_string(name, stop):
+    assert conv_templates[name].stop_str == stop
+
+
+def test_unknown_role_and_frozen_table():
+    with pytest.raises(ValueError, match="role must be one of"):
+        conv_templates["vicuna_v1"].copy().append_message("HUMAN", "hello")
+    with pytest.raises(TypeError):
+        conv_templates["mine"] = None

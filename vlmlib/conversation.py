@@ -1,0 +1,88 @@
+"""The prompt formats of the original LLaVA checkpoints, which bring no chat template of their own.
+
+Source of the formats: LLaVA:llava/conversation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+_CURIOUS = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Turns in one of three styles; `get_prompt()` writes them down.
+
+    style  "two": `system sep ROLE: text sep ROLE: text sep2`; "chatml": every turn ends with `sep`;
+           "inst": user turns in [INST] ... [/INST], answers end with `sep2`
+    """
+
+    system: str
+    roles: tuple[str, str]
+    style: str
+    sep: str
+    sep2: str = ""
+    messages: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def copy(self) -> Conversation:
+        return replace(self, messages=list(self.messages))
+
+    def append_message(self, role: str, message: str | None) -> None:
+        """Add a turn; None leaves it open, for the model to fill."""
+        if role not in self.roles:
+            raise ValueError(f"role must be one of {self.roles}, got {role!r}")
+        self.messages.append((role, message))
+
+    @property
+    def stop_str(self) -> str:
+        """What ends an answer."""
+        return self.sep if self.style == "chatml" else self.sep2
+
+    def get_prompt(self) -> str:
+        return {"two": self._two, "chatml": self._chatml, "inst": self._inst}[self.style]()
+
+    def _two(self) -> str:
+        ends = (self.sep, self.sep2)
+        turns = (
+            f"{role}:" if text is None else f"{role}: {text}{ends[i % 2]}"
+            for i, (role, text) in enumerate(self.messages)
+        )
+        return self.system + self.sep + "".join(turns)
+
+    def _chatml(self) -> str:
+        turns = (role if text is None else role + text + self.sep for role, text in self.messages)
+        return self.system + self.sep + "".join(turns)
+
+    def _inst(self) -> str:
+        system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
+        out = ""
+        for i, (_, text) in enumerate(self.messages):
+            if i % 2:
+                out += "" if text is None else f" {text} {self.sep2}"
+            else:
+                out += f"{self.sep}[INST] {system if i == 0 else ''}{text} [/INST]"
+        return out.lstrip(self.sep) if self.sep else out
+
+
+_VICUNA = Conversation(_CURIOUS.format(who="user"), ("USER", "ASSISTANT"), "two", " ", "</s>")
+
+conv_templates: Mapping[str, Conversation] = MappingProxyType(
+    {
+        "vicuna_v1": _VICUNA,
+        "llava_v1": replace(_VICUNA, system=_CURIOUS.format(who="human")),
+        "mistral_instruct": Conversation("", ("USER", "ASSISTANT"), "inst", "", "</s>"),
+        "chatml_direct": Conversation(
+            "<|im_start|>system\nAnswer the questions.",
+            ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+            "chatml",
+            "<|im_end|>",
+        ),
+    }
+)
+"""By LLaVA's names; `.copy()` one before you append to it."""

@@ -1,0 +1,321 @@
+"""InternVL3: what it adds to `vlmlib.model`, and its stream generator.
+
+A picture becomes up to twelve tiles and, as the last one, the whole of it. The features of the
+tower's last layer, without the class token, are folded two by two patches into one and projected:
+256 positions a tile. In the prompt they stand between `<img>` and `</img>`. The frames of a clip
+are pictures of one tile, each announced by its number.
+Paper: https://arxiv.org/abs/2504.10479.
+Sources: InternVL:internvl_chat/internvl/model/internvl_chat, llm-awq:tinychat/models/internvl3.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration
+
+from .cache import KVCache
+from .chessboard import pixel_shuffle, square_side
+from .decoding import Chunk, Turn
+from .errors import PlaceholderError, ShapeError, VideoError
+from .images import ImageProcessor, ImageSource
+from .media import Medium, Video
+from .model import Media, VisionLanguageModel, end_of_answer_ids
+from .sampling import GenParams
+from .tiling import dynamic_preprocess
+from .tokenization import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    check_placeholders,
+    tokenizer_image_token,
+)
+from .video import get_index, load_video
+
+IMG_START_TOKEN = "<img>"
+IMG_END_TOKEN = "</img>"
+IMG_CONTEXT_TOKEN = "<IMG_CONTEXT>"
+NUM_IMAGE_TOKEN = 256
+"""Positions of a tile in the published models; `InternVL.tokens_per_tile` is a model's own."""
+
+NUM_FRAMES = 8
+"""Frames of a clip that are looked at, unless the clip says otherwise."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+SYSTEM_MESSAGE = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+    "多模态大语言模型。"
+)
+_CONVERSATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type }}>\n{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_TEMPLATES = {
+    "internvl2_5": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\n"
+        + SYSTEM_MESSAGE
+        + "<|im_end|>\n{% endif %}"
+        + _CONVERSATION
+    ),
+    "hf": _CONVERSATION,
+}
+"""Prompts of the original checkpoints, with their system message, and of the -hf ones, without:
+`model.chat_template = CHAT_TEMPLATES["internvl2_5"]` chooses. Source: InternVL:conversation.py."""
+
+_SLOT = IMG_START_TOKEN + IMG_CONTEXT_TOKEN + IMG_END_TOKEN  # one, whatever its length
+_PLACEHOLDER = re.compile(
+    rf"(?P<video>{VIDEO_TOKEN})|(?P<frame>Frame\d+: )?(?:{IMAGE_TOKEN}|{IMG_CONTEXT_TOKEN}"
+    rf"|{IMG_START_TOKEN}(?P<run>(?:{IMG_CONTEXT_TOKEN})+){IMG_END_TOKEN})"
+)
+
+
+class InternVL(VisionLanguageModel):
+    """InternVL3 around transformers' InternVLForConditionalGeneration.
+
+    image_processor  its mean, deviation and numbers of tiles are used; None: ImageNet's, 1 to 12
+    chat_template    see CHAT_TEMPLATES; the tokenizer's own if it has one
+    """
+
+    family = "internvl"
+    net: InternVLForConditionalGeneration
+
+    def __init__(self, net, tokenizer, image_processor: ImageProcessor | None = None):
+        super().__init__(net, tokenizer, image_processor)
+        if image_processor is None:
+            side = self.image_size
+            self.image_processor = ImageProcessor(side, side, side, IMAGENET_MEAN, IMAGENET_STD)
+        if not tokenizer.chat_template:
+            self.chat_template = CHAT_TEMPLATES["internvl2_5"]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of a tile."""
+        return _side(self.config.vision_config.image_size)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        patches = self.image_size // _side(self.config.vision_config.patch_size)
+        return round((patches * self.config.downsample_ratio) ** 2)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        end = self.tokenizer.get_vocab().get(TURN_END)
+        return end_of_answer_ids(self.net, self.tokenizer, [] if end is None else [end])
+
+    def prepare(self, sources: Sequence[ImageSource | Video]) -> list[Medium]:
+        return [self._clip(s) if isinstance(s, Video) else self._picture(s) for s in sources]
+
+    def _picture(self, source: ImageSource) -> Medium:
+        p = self.image_processor
+        return self.medium(self._tiles(source, min_num=p.min_patches, max_num=p.max_patches))
+
+    def _clip(self, video: Video) -> Medium:
+        tiles = [self._tiles(frame, max_num=1) for frame in clip_frames(video)]
+        return self.medium(torch.cat(tiles), "video")
+
+    def _tiles(self, source: ImageSource, **numbers: int) -> Tensor:
+        """A picture -> (t, 3, h, w)."""
+        tiles = dynamic_preprocess(
+            source, image_size=self.image_size, use_thumbnail=True, **numbers
+        )
+        return torch.stack([self.image_processor.pixels(tile) for tile in tiles])
+
+    def medium(self, pixels: Tensor, kind: str = "image") -> Medium:
+        side = self.image_size
+        if pixels.shape[1:] != (3, side, side):
+            raise ShapeError(f"expected (t, 3, {side}, {side}) pixels, got {tuple(pixels.shape)}")
+        return Medium(pixels, len(pixels) * self.tokens_per_tile, kind)
+
+    def as_media(self, media: Media | Mapping[str, Sequence[Tensor | Medium]]) -> list[Medium]:
+        """Media as they are; of pixel values (t, 3, h, w) one picture of t tiles, or of {"image":
+        [...], "video": [...]} all pictures, then all clips, each (t, 3, h, w). Raises ShapeError.
+        """
+        if isinstance(media, Tensor) and media.dim() == 4:
+            media = [media]
+        if not isinstance(media, Mapping):
+            return super().as_media(media)
+        if unknown := sorted(map(str, set(media) - {"image", "video"})):
+            raise ShapeError(f"media must be under 'image' and 'video', got {unknown}")
+        clips = [replace(m, kind="video") for m in self.as_media(media.get("video"))]
+        return [*self.as_media(media.get("image")), *clips]
+
+    def encode(self, medium: Medium) -> Tensor:
+        features = rearrange(self.encode_tiles(medium.pixels), "t n d -> (t n) d")
+        if len(features) != medium.length:
+            raise ShapeError(f"a medium of {medium.length} positions has {len(features)} features")
+        return features
+
+    def encode_tiles(self, pixel_values: Tensor) -> Tensor:
+        """(t, 3, h, w) -> (t, n, d): tower, the configured layer, pixel shuffle, projector."""
+        net, config = self.net.model, self.config
+        layer = config.vision_feature_layer
+        out = net.vision_tower(
+            pixel_values=pixel_values.to(self.device, self.dtype), output_hidden_states=layer != -1
+        )
+        x = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        if config.vision_feature_select_strategy == "default":
+            x = x[:, 1:]  # without the class token
+        x = rearrange(x, "t (w h) c -> t w h c", w=square_side(x.shape[1]))
+        x = pixel_shuffle(x, config.downsample_ratio)
+        return net.multi_modal_projector(rearrange(x, "t w h c -> t (w h) c"))
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """`<img>`, IMAGE_TOKEN_INDEX, `</img>` for every `<image>`; a clip's frames have theirs."""
+        slot = IMG_START_TOKEN + IMAGE_TOKEN + IMG_END_TOKEN
+        whole = _PLACEHOLDER.sub(
+            lambda m: m[0] if m["video"] else (m["frame"] or "") + slot, prompt
+        )
+        return tokenizer_image_token(whole, self.tokenizer)
+
+    def turn(self, prompt: str, media: Media = None, **options) -> Turn:
+        """As for every model; media take the prompt's placeholders as `place_media` says."""
+        return super().turn(*place_media(prompt, self.as_media(media)), **options)
+
+
+def clip_frames(video: Video) -> list[ImageSource]:
+    """The pictures of a clip to look at: by default NUM_FRAMES of a file, and all of a list."""
+
+    def indices(n: int, fps: float) -> list[int]:
+        num = NUM_FRAMES if video.num_frames is None else video.num_frames
+        return get_index(video.bound, fps, n - 1, num_segments=num)
+
+    if isinstance(video.source, (str, os.PathLike, bytes)):
+        return load_video(video.source, indices)
+    frames = list(video.source)
+    if not frames or video.bound is not None:
+        raise VideoError("a list of frames must not be empty, and can have no bound in seconds")
+    return frames if video.num_frames is None else [frames[i] for i in indices(len(frames), 1.0)]
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """Configurations have one number, or (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ShapeError(f"tiles and patches must be squares, got {height} x {width}")
+    return height
+
+
+def place_media(prompt: str, media: Sequence[Medium]) -> tuple[str, list[Medium]]:
+    """Give every placeholder its medium -> (prompt, media), one placeholder a picture or frame.
+
+    The k-th `<image>` is the k-th picture, the k-th `<video>` the k-th clip: a line
+    `Frame1: <image>` for each of its frames. These lines may also be in the prompt already.
+    `<IMG_CONTEXT>` (-hf prompts), also repeated between `<img>` and `</img>`, means `<image>`. If
+    a prompt has no placeholder at all, its media open its first user turn, each on a line.
+    Raises PlaceholderError that names both numbers.
+    """
+    found = list(_PLACEHOLDER.finditer(prompt))
+    if media and not found:
+        return place_media(_opened_with(prompt, media), media)
+    groups = _assign(found, media)
+    texts = iter([_written(match, group) for match, group in zip(found, groups, strict=True)])
+    return _PLACEHOLDER.sub(lambda _: next(texts), prompt), sum(groups, [])
+
+
+def _opened_with(prompt: str, media: Sequence[Medium]) -> str:
+    """Placeholders at the start of the first user turn, or of a prompt that has no turns."""
+    user = f"{TURN_START}user\n"
+    at = prompt.find(user) + len(user) if user in prompt else 0
+    lines = [f"{VIDEO_TOKEN if m.kind == 'video' else IMAGE_TOKEN}\n" for m in media]
+    return prompt[:at] + "".join(lines) + prompt[at:]
+
+
+def _assign(found: Sequence[re.Match], media: Sequence[Medium]) -> list[list[Medium]]:
+    """For every placeholder its picture, or the frames of its clip."""
+    pictures = [[m] for m in media if m.kind != "video"]
+    clips = [_frames(m) for m in media if m.kind == "video"]
+    of_clip, what = [bool(m["video"]) for m in found], "video"
+    if clips and not any(of_clip) and (not pictures or any(m["frame"] for m in found)):
+        clips = [[frame] for clip in clips for frame in clip]  # the prompt has a line for each
+        of_clip, what = [bool(m["frame"]) or not pictures for m in found], "image"
+    check_placeholders(of_clip.count(False), len(pictures))
+    check_placeholders(of_clip.count(True), len(clips), what)
+    pools = {False: iter(pictures), True: iter(clips)}
+    return [next(pools[is_clip]) for is_clip in of_clip]
+
+
+def _frames(clip: Medium) -> list[Medium]:
+    t = len(clip.pixels)
+    return [Medium(frame, clip.length // t, "video") for frame in clip.pixels.split(1)]
+
+
+def _written(match: re.Match, group: Sequence[Medium]) -> str:
+    """The text that takes the place of one placeholder."""
+    if match["video"]:
+        return "\n".join(f"Frame{i}: {_SLOT}" for i in range(1, len(group) + 1))
+    run = (match["run"] or "").count(IMG_CONTEXT_TOKEN)
+    if run > 1 and run != group[0].length:
+        raise PlaceholderError(
+            f"the prompt has {run} {IMG_CONTEXT_TOKEN} where a picture of {len(group[0].pixels)} "
+            f"tile(s) takes {group[0].length} positions; <image> takes as many as needed"
+        )
+    return (match["frame"] or "") + _SLOT
+
+
+def InternVLStreamGenerator(
+    model: InternVL,
+    gen_params: GenParams | Any,
+    input: str,
+    media: Media | Mapping[str, Sequence[Tensor | Medium]] = None,
+    media_cfg: Any = None,
+    start_pos: int = 0,
+    device: str | torch.device | None = None,
+    stream_interval: int = 2,
+    echo: bool = False,
+    stop_token_ids: Sequence[int] = (),
+    image_tensor: Media = None,
+    chunk_prefilling: bool = False,
+    quant_llm: bool = False,
+    *,
+    cache: KVCache | None = None,
+    lstrip: bool = False,
+    trace: int | None = None,
+) -> Iterator[Chunk]:
+    """Stream the answer to `input`, a prompt with a placeholder for every picture and clip.
+
+    gen_params     GenParams, or a mapping or object with its names
+    media          from `model.prepare`, or pixel values as a list or a mapping, see `as_media`;
+                   `place_media` tells which placeholder is whose
+    media_cfg      TinyChat's; not used, since every medium knows its own tiles
+    start_pos      how many positions of `cache` may be kept; `input` is always the whole transcript
+    device         must be the model's own, which is also the default
+    echo           begin `text` with the prompt
+    stop_token_ids ids that end the answer, besides the model's own
+    image_tensor   another name for `media`; only one of both may be given
+    chunk_prefilling  feed only what `cache` does not hold; False feeds the whole transcript again
+    quant_llm      TinyChat's; not used, since a model runs with the weights it was loaded with
+    cache, lstrip, trace   see `VisionLanguageModel.turn` and `vlmlib.decoding.decode`
+
+    Returns an iterator of chunks (`vlmlib.decoding.decode` tells their fields). The prompt, media
+    and parameters are checked at the call, before anything is computed.
+    Source: llm-awq:tinychat/stream_generators/internvl_stream_gen.py.
+    """
+    if media is not None and image_tensor is not None:
+        raise ValueError("media and image_tensor are two names for one thing: give one of them")
+    return model.stream_prompt(
+        input,
+        image_tensor if media is None else media,
+        gen_params,
+        start_pos=start_pos,
+        chunk_prefilling=chunk_prefilling,
+        cache=cache,
+        echo=echo,
+        device=device,
+        stop_token_ids=stop_token_ids,
+        stream_interval=stream_interval,
+        lstrip=lstrip,
+        trace=trace,
+    )
