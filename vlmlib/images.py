@@ -175,6 +175,16 @@ class ImageProcessor:
         left, top = (w - self.crop_width) // 2, (h - self.crop_height) // 2
         return image.crop((left, top, left + self.crop_width, top + self.crop_height))
 
+    def region(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What `crop` shows of a picture of this size: (left, top, right, bottom), where the
+        picture itself is 0 to 1; beyond that is padding.
+        """
+        side = max(width, height)
+        w, h = (side, side) if self.do_pad else (width, height)
+        scale = self.shortest_edge / min(w, h)
+        half = self.crop_width / scale / width / 2, self.crop_height / scale / height / 2
+        return 0.5 - half[0], 0.5 - half[1], 0.5 + half[0], 0.5 + half[1]
+
     def pixels(self, image: Image.Image) -> Tensor:
         """RGB picture -> (3, h, w) fp32."""
         x = torch.from_numpy(np.array(self.crop(image), dtype=np.float32)) * self.rescale_factor

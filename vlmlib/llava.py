@@ -10,6 +10,8 @@ Sources: LLaVA:llava/model, llm-awq:tinychat/stream_generators.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import nan
 from typing import Any
 
 import torch
@@ -28,9 +30,17 @@ from .errors import CacheError, ShapeError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium
+from .microscope import patch_boxes
 from .model import Media, VisionLanguageModel, answer_turn
 from .sampling import GenParams
-from .tiling import Size, anyres_tiles, anyres_tokens, merge_anyres
+from .tiling import (
+    Size,
+    anyres_tiles,
+    anyres_tokens,
+    get_anyres_image_grid_shape,
+    merge_anyres,
+    unpadded_size,
+)
 from .tokenization import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
@@ -50,7 +60,16 @@ class Llava(VisionLanguageModel):
         return process_images(images, self.image_processor, self.config)
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
-        return self.as_media(self.prepare_images(sources)) if sources else []
+        pictures = [load_image(source) for source in sources]
+        media = self.as_media(self.prepare_images(pictures) if pictures else None)
+        return [replace(m, size=p.size) for m, p in zip(media, pictures, strict=True)]
+
+    def boxes(self, medium: Medium) -> Tensor:
+        rows, cols = (
+            side // self.config.vision_config.patch_size for side in medium.pixels.shape[-2:]
+        )
+        grid = patch_boxes(rows, cols, self.image_processor.region(*medium.size))
+        return torch.cat([torch.full((medium.length - len(grid), 4), nan), grid])
 
     def medium(self, pixels: Tensor) -> Medium:
         length = len(pixels) * image_tokens(self.config, *pixels.shape[-2:])
@@ -136,6 +155,15 @@ class LlavaNext(Llava):
 
     def medium(self, pixels: Tensor) -> Medium:
         raise TypeError("LLaVA-1.6 needs the picture's size too: use prepare([picture]) or sized")
+
+    def boxes(self, medium: Medium) -> Tensor:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        cols, rows = get_anyres_image_grid_shape(medium.size, self.pinpoints, vision.image_size)
+        kept = unpadded_size(rows * side, cols * side, medium.size, rounding="hf")
+        newlines = torch.full((kept[0], 1, 4), nan)
+        tiles = torch.cat([patch_boxes(*kept).reshape(*kept, 4), newlines], dim=1)
+        return torch.cat([patch_boxes(side, side), tiles.flatten(0, 1)])
 
     def encode(self, medium: Medium) -> Tensor:
         vision = self.config.vision_config

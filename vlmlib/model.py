@@ -64,6 +64,12 @@ class VisionLanguageModel(ABC):
     def prompt_ids(self, prompt: str) -> list[int]:
         """Prompt text -> ids, with IMAGE_TOKEN_INDEX once for every medium."""
 
+    def boxes(self, medium: Medium) -> Tensor:
+        """(medium.length, 4): the part of the picture that each position comes from, as (left, top,
+        right, bottom) with the picture from 0 to 1; NaN for positions that are no patch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say where its positions lie")
+
     # ---- what all share ----
 
     @property
