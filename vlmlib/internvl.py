@@ -135,7 +135,7 @@ class InternVL(VisionLanguageModel):
 
     def medium(self, pixels: Tensor, kind: str = "image") -> Medium:
         side = self.image_size
-        if pixels.shape[1:] != (3, side, side):
+        if pixels.shape[1:] != (3, side, side) or not len(pixels):
             raise ShapeError(f"expected (t, 3, {side}, {side}) pixels, got {tuple(pixels.shape)}")
         return Medium(pixels, len(pixels) * self.tokens_per_tile, kind)
 
