@@ -50,6 +50,10 @@ from .llava import Llava, LlavaNext, LlavaStreamGenerator, process_images
 from .loading import DATA, load, shipped_models
 from .media import Medium, Video
 from .model import VisionLanguageModel
+from .nvila import NVILA, NVILAStreamGenerator
+from .nvila_causal import LlavaMetaForCausalLM
+from .nvila_checkpoint import NVILAConfig
+from .nvila_model import LlavaMetaModel
 from .projectors import build_projector, projected_side
 from .sampling import GenParams, prepare_logits_processor
 from .streaming import TimeStats, answer, stream, stream_output
@@ -101,9 +105,14 @@ __all__ = [
     "InternVLStreamGenerator",
     "KVCache",
     "Llava",
+    "LlavaMetaForCausalLM",
+    "LlavaMetaModel",
     "LlavaNext",
     "LlavaStreamGenerator",
     "Medium",
+    "NVILA",
+    "NVILAConfig",
+    "NVILAStreamGenerator",
     "NonFiniteLogitsError",
     "PlaceholderError",
     "PromptError",

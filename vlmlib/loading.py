@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,13 +14,15 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
 )
-from transformers.utils import logging as hf_logging
 
-from .errors import CheckpointError, DeviceError
+from .checkpoint import SMALL, blaming, default_dtype, find_device, load_net, read_config
+from .errors import CheckpointError
 from .images import ImageProcessor
 from .internvl import InternVL
 from .llava import Llava, LlavaNext
 from .model import VisionLanguageModel
+from .nvila import NVILA
+from .nvila_checkpoint import is_nvila
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 """The repository's pictures and checkpoints."""
@@ -34,9 +33,6 @@ FAMILIES = {
     "internvl": (InternVL, InternVLForConditionalGeneration),
 }
 """config.json's model_type -> (vlmlib's class, transformers' class)."""
-
-SMALL = 200e6
-"""Bytes of weights up to which a CPU runs in float32, and loading shows no progress."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -61,7 +57,17 @@ def load(
     Raises CheckpointError and DeviceError.
     """
     folder = find_checkpoint(checkpoint, revision=revision)
-    model_type = _read_config(folder).get("model_type")
+    config = read_config(folder)
+    if is_nvila(folder, config):
+        model = NVILA.load_pretrained(folder, device=device, dtype=dtype)
+    else:
+        model = _load_native(folder, config.get("model_type"), device, dtype)
+    model.name = os.fspath(checkpoint)
+    return model
+
+
+def _load_native(folder: Path, model_type, device, dtype) -> VisionLanguageModel:
+    """A checkpoint in the layout of transformers' own class."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder}: config.json has model_type {model_type!r}, expected one of {list(FAMILIES)}"
@@ -71,27 +77,12 @@ def load(
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     if not size:
         raise CheckpointError(f"{folder}: holds no *.safetensors file")
-    if dtype is None:
-        small = torch.float32 if size < SMALL else torch.bfloat16
-        dtype = small if device.type == "cpu" else "auto"
-    with _blaming(folder, "configuration and tokenizer"):
+    dtype = dtype or default_dtype(size, device)
+    with blaming(folder, "configuration and tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with _blaming(folder, "configuration and weights"):
-        net = _load_net(net_class, folder, dtype, quiet=size < SMALL)
-    model = family(net.to(device), tokenizer, ImageProcessor.from_folder(folder))
-    model.name = os.fspath(checkpoint)
-    return model
-
-
-def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the GPU if there is one, else the CPU. Raises DeviceError."""
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=(found := torch.device(wanted)))
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).partition("\n")[0]
-        raise DeviceError(f"device {str(wanted)!r} cannot be used here: {reason}") from None
-    return found
+    with blaming(folder, "configuration and weights"):
+        net = load_net(net_class, folder, dtype, quiet=size < SMALL)
+    return family(net.to(device), tokenizer, ImageProcessor.from_folder(folder))
 
 
 def shipped_models() -> list[str]:
@@ -123,58 +114,3 @@ def _download(name: str, revision: str | None) -> Path:
             f"downloaded ({type(e).__name__}): check the name and the network, or download it "
             "elsewhere and give its folder"
         ) from e
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: holds no config.json") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(config).__name__}")
-    return config
-
-
-def _load_net(net_class, folder: Path, dtype, *, quiet: bool):
-    with _progress_bar(not quiet):
-        net, report = net_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported below, with the missing and the unexpected
-            output_loading_info=True,
-        )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, report.get(what) or [])):
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise CheckpointError(f"{folder}: {len(keys)} {what.replace('_', ' ')}: {shown}")
-    return net
-
-
-@contextlib.contextmanager
-def _blaming(folder: Path, what: str) -> Iterator[None]:
-    """Whatever a library raises on a broken file becomes a CheckpointError with its first line."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as e:
-        first_line = next(iter(str(e).strip().splitlines()), "")
-        raise CheckpointError(
-            f"{folder}: {what} cannot be read ({type(e).__name__}: {first_line})"
-        ) from e
-
-
-@contextlib.contextmanager
-def _progress_bar(shown: bool) -> Iterator[None]:
-    """transformers' bar is one switch for the whole process: put it back as it was."""
-    before = hf_logging.is_progress_bar_enabled()
-    (hf_logging.enable_progress_bar if shown else hf_logging.disable_progress_bar)()
-    try:
-        yield
-    finally:
-        (hf_logging.enable_progress_bar if before else hf_logging.disable_progress_bar)()

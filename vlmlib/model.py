@@ -98,12 +98,16 @@ class VisionLanguageModel(ABC):
         return end_of_answer_ids(self.net, self.tokenizer)
 
     def __repr__(self) -> str:
-        n = sum(p.numel() for p in self.net.parameters())
+        n = sum(p.numel() for p in self.parameters())
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{type(self).__name__}({n / 1e6:.1f} M parameters, {dtype} on {self.device}, "
             f"context {self.context_len})"
         )
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All weights."""
+        return self.net.parameters()
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config)
