@@ -1,6 +1,6 @@
 # make lab         set up and open JupyterLab on the first notebook
 # make test        set up and run everything: lint, unit tests, notebooks, browser
-# make train-tiny  train the small model again (OUT=folder, default runs/tiny-llava)
+# make train-tiny  train the small model again (OUT=folder, default runs/tiny-llava), or go on
 # make eval-tiny   its accuracy on 1,000 scenes it has never seen
 # make notebooks   run every notebook and save its outputs
 # make clean       remove the environment
@@ -34,7 +34,7 @@ browser: $(VENV)/.test
 	$(BIN)/python -m pytest -m browser tests
 
 train-tiny: $(VENV)/.lab
-	$(BIN)/python -m vlmlib.tiny.train --out $(OUT) --resume
+	$(BIN)/python -m vlmlib.tiny.train --out $(OUT) $(if $(wildcard $(OUT).state.pt),--resume)
 
 eval-tiny: $(VENV)/.lab
 	$(BIN)/python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava

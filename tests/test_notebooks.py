@@ -1,0 +1,124 @@
+"""What every notebook must have, and that the solutions in it solve its exercises.
+
+That the saved outputs are what the cells give is nbval's part: `make test` runs it beside this.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+UNANSWERED = "not answered yet"
+SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+IMG = re.compile(r"<img[^>]*>")
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def notebook(request):
+    nb = nbformat.read(request.param, as_version=4)
+    nb.path = request.param
+    return nb
+
+
+def code_cells(nb):
+    return [c for c in nb.cells if c.cell_type == "code"]
+
+
+def output_texts(nb):
+    for cell in code_cells(nb):
+        for output in cell.outputs:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            yield from (v for v in data.values() if isinstance(v, str))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_card_and_metadata_agree(notebook):
+    about, first = notebook.metadata["vlmlib"], notebook.cells[0].source
+    assert set(about) == {"title", "minutes", "hardware", "learn"}
+    assert first.startswith(f"# {notebook.path.name[:2]} · {about['title']}\n")
+    for row in ("You will learn", "Before you start", "Hardware"):
+        assert f"**{row}**" in first
+    assert f"| **Time** | {about['minutes']} minutes |" in first
+
+
+def test_cells_are_short(notebook):
+    for cell in code_cells(notebook):
+        lines = cell.source.splitlines()
+        assert 0 < len(lines) <= 25, cell.source
+        assert max(map(len, lines)) <= 88, cell.source
+
+
+def test_saved_outputs_are_complete_and_clean(notebook):
+    cells = code_cells(notebook)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert "widgets" not in notebook.metadata
+    assert notebook.path.stat().st_size < 1.5e6
+    for cell in cells:
+        assert not [o for o in cell.outputs if o.output_type == "error"]
+        assert not [o for o in cell.outputs if o.get("name") == "stderr"]
+    for text in output_texts(notebook):
+        assert not re.search(r"(?<![\w./])/(home|root|work|Users|tmp)/", text), text[:500]
+
+
+def test_every_picture_has_alt_text_and_every_figure_a_caption(notebook):
+    pictures = 0
+    for text in [*output_texts(notebook), *(c.source for c in notebook.cells)]:
+        for img in IMG.findall(text):
+            pictures += 1
+            assert re.search(r'alt="[^"]{10,}"', img), img[:200]
+        assert "![](" not in text
+        if text.startswith("<figure>"):
+            assert re.search(r"<figcaption>[^<]{10,}</figcaption>", text)
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            assert "image/png" not in output.get("data", {}), "use vlmlib.figures.show"
+    assert pictures
+
+
+def test_links_lead_somewhere(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            continue
+        for target in LINK.findall(cell.source):
+            if not target.startswith(("https://", "#")):
+                assert (notebook.path.parent / target.split("#")[0]).exists(), target
+
+
+def test_exercises_start_unanswered_and_have_hint_and_solution(notebook):
+    saved = [t for t in output_texts(notebook) if UNANSWERED in t]
+    exercises = [c for c in code_cells(notebook) if "exercise" in c.metadata.get("tags", [])]
+    assert len(exercises) >= 3 and len(saved) == len(exercises)
+    for cell in exercises:
+        before = notebook.cells[notebook.cells.index(cell) - 1].source
+        assert "<summary>Hint</summary>" in before and SOLUTION.search(before)
+
+
+def test_solutions_solve_the_exercises(notebook):
+    for i, cell in enumerate(notebook.cells):
+        if "exercise" in cell.metadata.get("tags", []):
+            cell.source = SOLUTION.search(notebook.cells[i - 1].source).group(1)
+    resources = {"metadata": {"path": str(notebook.path.parent)}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    checks = [c for c in code_cells(notebook) if re.search(r"^check\(", c.source, re.M)]
+    assert len(checks) >= 3
+    for cell in checks:
+        assert cell.outputs[-1]["data"]["text/plain"] == "'right'", cell.source
+
+
+def test_a_wrong_answer_is_not_right():
+    from vlmlib.course import check
+
+    assert check(..., lambda a: False, "think again").startswith(UNANSWERED)
+    assert check(3, lambda a: a == 3, "think again") == "right"
+    with pytest.raises(AssertionError, match="think again"):
+        check(4, lambda a: a == 3, "think again")

@@ -1,0 +1,74 @@
+"""The files around the library say the same thing, and what they promise is there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_yml_installs_what_pyproject_says():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert python.replace(" ", "") == "python" + PROJECT["requires-python"]
+    assert pip == "pip"
+    extras = ",".join(sorted(PROJECT["optional-dependencies"]))
+    assert packages == {"pip": ["-c constraints.txt", f"-e .[{extras}]"]}
+
+
+def test_every_dependency_is_pinned():
+    def name(requirement):
+        return re.match(r"[\w-]+", requirement).group().lower().replace("-", "_")
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name(line) for line in lines if line and not line.startswith("#")}
+    wanted = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    assert {name(w) for w in wanted} <= pinned
+    assert "torch==2.13.0" in lines
+
+
+def test_data_stays_small():
+    size = sum(f.stat().st_size for f in (ROOT / "data").rglob("*") if f.is_file())
+    assert size < 60e6
+
+
+def test_every_picture_has_a_source():
+    text = (ROOT / "data" / "README.md").read_text() + (
+        ROOT / "data" / "images" / "scenes.json"
+    ).read_text()
+    for picture in (ROOT / "data" / "images").glob("*.*g"):
+        assert picture.name in text
+
+
+def test_readme_links_and_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", readme):
+        if not target.startswith(("https://", "#")):
+            assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"`?make ([a-z-]+)", readme):
+        assert re.search(rf"^{command}:", makefile, re.M), command
+
+
+def test_readme_example_prints_what_it_says(capsys, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == re.search(r"# (.*)\n", code).group(1)
+
+
+def test_ci_runs_the_readmes_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^make test$", script, re.M)
+    assert "\nmake test\n" in (ROOT / "README.md").read_text()

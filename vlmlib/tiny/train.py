@@ -1,0 +1,380 @@
+"""Train the tiny LLaVA from scratch on a laptop.
+
+    python -m vlmlib.tiny.train --out data/checkpoints/tiny-llava      # the whole run
+    python -m vlmlib.tiny.train --out /tmp/smoke --minutes 1           # does it learn at all?
+
+The recipe: Muon for the matrices inside the layers and AdamW for the rest; a warm-up, a flat
+stretch and a linear decay; bf16 arithmetic, fp32 weights. First the tower learns to look: a loss
+reads shape, colour, size and label from every picture patch. Then all parts learn to answer, and
+the patch loss fades out.
+
+Next to the checkpoint folder stands `NAME.state.pt` with all that `--resume` needs to go on
+exactly as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from .data import IGNORE, PATCH_CLASSES, WEIGHTS, Batch, Stream, attention_mask
+from .evaluate import by_kind, grade
+from .model import build_model, build_processor, save
+from .scenes import VALIDATION
+from .tokenizer import build_tokenizer
+
+Report = Callable[[dict], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All numbers of a run."""
+
+    steps: int = 5_000
+    look_steps: int = 2_000
+    batch_size: int = 32
+    asked: int = 10
+    seed: int = 0
+    muon_rate: float = 0.01
+    adamw_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warm_up: int = 100
+    flat_until: float = 0.7
+    patch_loss: float = 1.0
+    patch_loss_until: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.asked < 1:
+            raise ValueError(f"batch_size and asked must be 1 or more: {self}")
+        if not 0 <= self.look_steps < self.steps:
+            raise ValueError(f"look_steps must be 0 or more and below steps: {self}")
+
+    def looking(self, step: int) -> bool:
+        """In the first steps the tower learns alone, from the patch loss."""
+        return step < self.look_steps
+
+    def rate(self, step: int) -> float:
+        """Share of the full learning rate: warm-up in both phases, flat, then linear to zero."""
+        left = (self.steps - step) / (self.steps * (1 - self.flat_until))
+        since = step if self.looking(step) else step - self.look_steps
+        return min(1.0, (since + 1) / self.warm_up, left)
+
+    def patch_weight(self, step: int) -> float:
+        """Weight of the patch loss: full while looking, then fading to zero."""
+        speaking = (step - self.look_steps) / (self.steps - self.look_steps)
+        return self.patch_loss * min(1.0, max(0.0, 1 - speaking / self.patch_loss_until))
+
+
+class PatchReader(nn.Module):
+    """Reads shape, colour, size and label off every patch. Thrown away after training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in PATCH_CLASSES)
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """(b, p, width) features, (b, 4, p) classes -> mean cross-entropy."""
+        losses = [
+            F.cross_entropy(
+                head(features).flatten(0, 1).float(),
+                targets[:, plane].flatten(),
+                weight=_mostly_things(head.out_features),
+            )
+            for plane, head in enumerate(self.heads)
+        ]
+        return torch.stack(losses).mean()
+
+
+def _mostly_things(classes: int) -> Tensor:
+    """Class weights that count an empty patch a tenth: most patches are empty."""
+    return torch.tensor([0.1] + [1.0] * (classes - 1))
+
+
+class Trainer:
+    """Model, patch reader, two optimizers and the number of the next step."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.recipe = recipe
+        self.step = 0
+        self.model = build_model(tokenizer, recipe.seed)
+        self.model.set_attn_implementation("eager")
+        embed_patches_by_matrix(self.model)
+        self.processor = build_processor(tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.reader = PatchReader(self.model.config.vision_config.hidden_size)
+        self.optimizers = self._build_optimizers()
+
+    def _build_optimizers(self) -> list[torch.optim.Optimizer]:
+        matrices, others = split_parameters(self.model)
+        r = self.recipe
+        return [
+            torch.optim.Muon(matrices, lr=r.muon_rate, weight_decay=r.weight_decay),
+            torch.optim.AdamW(
+                [*others, *self.reader.parameters()],
+                lr=r.adamw_rate,
+                betas=(0.9, 0.95),
+                weight_decay=r.weight_decay,
+            ),
+        ]
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """One update; returns the losses by name."""
+        self._set_rates()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = picture_features(self.model, self.pixel_values(batch))
+            patch_loss = self.reader(features, batch.patches)
+            loss = self.recipe.patch_weight(self.step) * patch_loss
+            losses = {"patch_loss": patch_loss.item()}
+            if not self.recipe.looking(self.step):
+                logits, targets = answer_logits(self.model, features, batch)
+                answer_loss = F.cross_entropy(logits.float(), targets)
+                loss = loss + answer_loss
+                losses["loss"] = answer_loss.item()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return losses
+
+    def _set_rates(self) -> None:
+        share = self.recipe.rate(self.step)
+        full = (self.recipe.muon_rate, self.recipe.adamw_rate)
+        for optimizer, rate in zip(self.optimizers, full, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+
+    def pixel_values(self, batch: Batch) -> Tensor:
+        """(b, h, w, 3) bytes -> (b, 3, h, w) floats, normalised as the processor does."""
+        mean = torch.tensor(self.processor.image_processor.image_mean)
+        std = torch.tensor(self.processor.image_processor.image_std)
+        return ((batch.pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def state(self) -> dict:
+        return {
+            "step": self.step,
+            "recipe": asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`; the recipe stays the trainer's own."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+class PatchMatrix(nn.Conv2d):
+    """A patch embedding as one matrix product: the same numbers, much faster backwards."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(b, 3, h, w) pictures -> (b, width, rows, columns)."""
+        y, x = self.kernel_size
+        patches = rearrange(pixel_values, "b c (h y) (w x) -> b h w (c y x)", y=y, x=x)
+        return rearrange(F.linear(patches, self.weight.flatten(1)), "b h w d -> b d h w")
+
+
+def embed_patches_by_matrix(model: LlavaForConditionalGeneration) -> None:
+    """Put a `PatchMatrix` with the same weights in the place of the tower's convolution."""
+    embeddings = model.model.vision_tower.embeddings
+    old = embeddings.patch_embedding
+    new = PatchMatrix(old.in_channels, old.out_channels, old.kernel_size, old.stride, bias=False)
+    new.weight = old.weight
+    embeddings.patch_embedding = new
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices inside layers, for Muon; embeddings, norms, biases and the rest, for AdamW)."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inside = "layers." in name or "projector" in name
+        (matrices if inside and parameter.ndim == 2 else others).append(parameter)
+    return matrices, others
+
+
+def picture_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """(b, 3, h, w) pictures -> (b, p, width), the features that LLaVA selects at inference."""
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    return states[model.config.vision_feature_layer][:, 1:]
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, features: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Logits (answer tokens, vocabulary) for every token to be learnt, and what it is."""
+    llava = model.model
+    image = batch.ids == model.config.image_token_id
+    embeddings = llava.language_model.embed_tokens(batch.ids)
+    projected = llava.multi_modal_projector(features)
+    hidden = llava.language_model(
+        inputs_embeds=embeddings.masked_scatter(image[..., None], projected.to(embeddings.dtype)),
+        attention_mask=attention_mask(batch.blocks, projected.dtype),
+        position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    learn = batch.targets[:, 1:] != IGNORE
+    return model.lm_head(hidden[:, :-1][learn]), batch.targets[:, 1:][learn]
+
+
+def run(
+    trainer: Trainer,
+    report: Report,
+    checkpoint: Callable[[], None] | None = None,
+    every_minutes: float = 3.0,
+    probe_minutes: float = 10.0,
+    minutes: float | None = None,
+    workers: int = 1,
+) -> None:
+    """Train to the last step of the recipe, or until `minutes` are over.
+
+    `report` gets one dictionary about every fifty steps and one for every probe of the validation
+    scenes; `checkpoint` is called every few minutes and at the end.
+    """
+    began = saved = probed = time.monotonic()
+    for batch in batches(trainer, workers):
+        losses = trainer.train_step(batch)
+        now = time.monotonic()
+        if trainer.step % 50 == 0 or trainer.step in (1, 10, trainer.recipe.steps):
+            report({"step": trainer.step, "seconds": round(now - began, 1), **losses})
+        if checkpoint and now - saved > 60 * every_minutes:
+            checkpoint()
+            saved = time.monotonic()
+        if "loss" not in losses:
+            probed = now  # nothing to ask yet
+        if now - probed > 60 * probe_minutes:
+            report({"step": trainer.step, "probe": probe(trainer)})
+            probed = time.monotonic()
+        if minutes and now - began > 60 * minutes:
+            break
+    if checkpoint:
+        checkpoint()
+
+
+def batches(trainer: Trainer, workers: int) -> Iterator[Batch]:
+    """The batches from the trainer's next step on, made in the background."""
+    r = trainer.recipe
+    stream = Stream(trainer.processor.tokenizer, r.batch_size, r.seed, r.asked, r.look_steps)
+    yield from DataLoader(
+        stream,
+        batch_size=None,
+        sampler=range(trainer.step, r.steps),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def probe(trainer: Trainer, scenes: int = 64) -> dict[str, float]:
+    """Share of right answers of each kind on a few validation scenes."""
+    table = by_kind(grade(trainer.model, trainer.processor, VALIDATION[:scenes]))
+    return {kind: round(row["right"], 3) for kind, row in table.items()}
+
+
+def save_state(trainer: Trainer, path: Path) -> None:
+    """Write the state whole or not at all."""
+    staging = path.with_suffix(".staging")
+    torch.save(trainer.state(), staging)
+    staging.replace(path)
+
+
+def load_trainer(
+    path: Path, tokenizer: PreTrainedTokenizerFast, steps: int | None = None
+) -> Trainer:
+    """A trainer that goes on where the state file stopped; only the number of steps may change."""
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: {path} does not exist")
+    state = torch.load(path, weights_only=True)
+    recipe = Recipe(**state["recipe"])
+    trainer = Trainer(replace(recipe, steps=steps or recipe.steps), tokenizer)
+    trainer.load_state(state)
+    return trainer
+
+
+def state_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.state.pt")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    log = options.out / "training_log.jsonl"
+    if options.resume:
+        trainer = load_trainer(state_path(options.out), build_tokenizer(), options.steps)
+    else:
+        trainer = Trainer(_recipe(options), build_tokenizer())
+        options.out.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+    recipe = trainer.recipe
+    losses: list[float] = []
+    began, first = time.monotonic(), trainer.step
+
+    def report(entry: dict) -> None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        done = trainer.step - first
+        left = (recipe.steps - trainer.step) * (time.monotonic() - began) / max(1, done)
+        print(f"{json.dumps(entry)}  ({left / 60:.0f} minutes left)", flush=True)
+        losses.append(entry.get("loss", losses[-1] if losses else float("nan")))
+
+    def checkpoint() -> None:
+        save_state(trainer, state_path(options.out))
+        save(trainer.model, trainer.processor, options.out)
+
+    report(
+        {
+            "start": trainer.step,
+            "recipe": asdict(recipe),
+            "weights": WEIGHTS,
+            "machine": machine(options.threads),
+        }
+    )
+    run(trainer, report, checkpoint, minutes=options.minutes, workers=options.workers)
+    if options.minutes and not losses[-1] < 0.5 * losses[1]:
+        raise SystemExit(f"the loss fell from {losses[1]:.2f} to {losses[-1]:.2f} only")
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe of a fresh run; a run against the clock starts to answer at once."""
+    steps = options.steps or Recipe().steps
+    look_steps = 0 if options.minutes else min(Recipe().look_steps, steps // 3)
+    return Recipe(steps=steps, look_steps=look_steps, seed=options.seed)
+
+
+def machine(threads: int) -> str:
+    """One line about where a run was made."""
+    return f"{platform.machine()}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the tiny LLaVA from scratch.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, help=f"default {Recipe().steps}, or as before")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that make data")
+    parser.add_argument("--minutes", type=float, help="stop then; fail unless the loss halved")
+    parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
