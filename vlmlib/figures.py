@@ -96,5 +96,5 @@ def latency(
     ax.bar(range(2, len(steps) + 2), [1e3 * s for s in steps], color=BLUE, label="one decode step")
     ax.set_xlim(0.3, max(len(steps) + 1, 10) + 0.7)
     ax.set_ylim(0, 1.1e3 * max([first, *steps]) or 1)
-    ax.legend(frameon=False, loc="upper right")
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
