@@ -44,7 +44,7 @@ from vlmlib import (
     VideoError,
     get_index,
 )
-from vlmlib.internvl import CHAT_TEMPLATES, IMAGENET_MEAN, IMAGENET_STD, clip_frames, place_media
+from vlmlib.internvl import CHAT_TEMPLATES, IMAGENET_MEAN, IMAGENET_STD, place_media
 
 TILE, PATCH = 28, 7  # 4 x 4 patches, folded into 4 positions
 TOKENS = 4
@@ -633,7 +633,7 @@ def test_frames_given_as_pictures(model):
     assert torch.equal(medium.pixels, model.prepare([Video(CLIP, 4)])[0].pixels)
     for wrong in (Video([]), Video(frames, 2, (0, 1))):
         with pytest.raises(VideoError, match="list of frames"):
-            clip_frames(wrong)
+            model.prepare([wrong])
 
 
 @pytest.mark.parametrize("bad", [0, -1])
@@ -987,3 +987,16 @@ def test_context_is_counted_with_the_tiles(model):
 def test_errors_come_at_the_call(model, wrong):
     with pytest.raises(ValueError):
         ask(model, **wrong)
+
+
+def test_the_microscope_reads_a_prompt_as_the_stream_does(model):
+    """With placeholders that only the family knows: none at all, and a clip's."""
+    from vlmlib.microscope import attention, picture_weights
+
+    for prompt, source in [("what is this?", noise(40, 30)), ("<video>\nwhat?", Video(CLIP, 2))]:
+        media = model.prepare([source])
+        weights = attention(model, prompt, media)
+        assert weights.shape[-1] == model.turn(prompt, media).prompt_tokens
+        assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-5)
+        seen = picture_weights(model, prompt, media, weights)
+        assert sum(w.shape[-1] for w in seen) == sum(m.length for m in media)

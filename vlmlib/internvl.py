@@ -10,10 +10,10 @@ Sources: InternVL:internvl_chat/internvl/model/internvl_chat, llm-awq:tinychat/m
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from transformers import InternVLForConditionalGeneration
 
 from .cache import KVCache
 from .chessboard import pixel_shuffle, square_side
-from .decoding import Chunk, Turn
-from .errors import PlaceholderError, ShapeError, VideoError
+from .decoding import Chunk
+from .errors import PlaceholderError, ShapeError
 from .images import ImageProcessor, ImageSource
 from .media import Medium, Video
 from .model import Media, VisionLanguageModel, end_of_answer_ids
@@ -36,7 +36,7 @@ from .tokenization import (
     check_placeholders,
     tokenizer_image_token,
 )
-from .video import get_index, load_video
+from .video import get_index
 
 IMG_START_TOKEN = "<img>"
 IMG_END_TOKEN = "</img>"
@@ -123,7 +123,9 @@ class InternVL(VisionLanguageModel):
         return self.medium(self._tiles(source, min_num=p.min_patches, max_num=p.max_patches))
 
     def _clip(self, video: Video) -> Medium:
-        tiles = [self._tiles(frame, max_num=1) for frame in clip_frames(video)]
+        tiles = [
+            self._tiles(frame, max_num=1) for frame in video.frames(partial(frame_indices, video))
+        ]
         return self.medium(torch.cat(tiles), "video")
 
     def _tiles(self, source: ImageSource, **numbers: int) -> Tensor:
@@ -180,24 +182,18 @@ class InternVL(VisionLanguageModel):
         )
         return tokenizer_image_token(whole, self.tokenizer)
 
-    def turn(self, prompt: str, media: Media = None, **options) -> Turn:
+    def read(self, prompt: str, media: Media) -> tuple[list[int], list[Medium]]:
         """As for every model; media take the prompt's placeholders as `place_media` says."""
-        return super().turn(*place_media(prompt, self.as_media(media)), **options)
+        prompt, media = place_media(prompt, self.as_media(media))
+        return self.prompt_ids(prompt), media
 
 
-def clip_frames(video: Video) -> list[ImageSource]:
-    """The pictures of a clip to look at: by default NUM_FRAMES of a file, and all of a list."""
-
-    def indices(n: int, fps: float) -> list[int]:
-        num = NUM_FRAMES if video.num_frames is None else video.num_frames
-        return get_index(video.bound, fps, n - 1, num_segments=num)
-
-    if isinstance(video.source, (str, os.PathLike, bytes)):
-        return load_video(video.source, indices)
-    frames = list(video.source)
-    if not frames or video.bound is not None:
-        raise VideoError("a list of frames must not be empty, and can have no bound in seconds")
-    return frames if video.num_frames is None else [frames[i] for i in indices(len(frames), 1.0)]
+def frame_indices(video: Video, n: int, fps: float) -> list[int]:
+    """Which of a clip's n frames to look at: by default NUM_FRAMES of a file, and all of a list."""
+    if not video.is_file and video.num_frames is None:
+        return list(range(n))
+    num = NUM_FRAMES if video.num_frames is None else video.num_frames
+    return get_index(video.bound, fps, n - 1, num_segments=num)
 
 
 def _side(size: int | Sequence[int]) -> int:

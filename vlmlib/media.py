@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from .errors import VideoError
 from .fusion import digest
 from .images import ImageSource
-from .video import VideoSource
+from .video import VideoSource, load_video
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +26,19 @@ class Video:
     source: VideoSource | Sequence[ImageSource]
     num_frames: int | None = None
     bound: tuple[float, float] | None = None
+
+    @property
+    def is_file(self) -> bool:
+        return isinstance(self.source, (str, os.PathLike, bytes))
+
+    def frames(self, indices: Callable[[int, float], Sequence[int]]) -> list[ImageSource]:
+        """The pictures that `indices(n, fps)` names, of n frames. Raises VideoError."""
+        if self.is_file:
+            return load_video(self.source, indices)
+        frames = list(self.source)
+        if not frames or self.bound is not None:
+            raise VideoError("a list of frames must not be empty, and has no bound in seconds")
+        return [frames[i] for i in indices(len(frames), 1.0)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -28,9 +28,9 @@ def attention(
     """Attention when the token behind `prompt` and the ids `answer` is chosen: (layers, heads, n),
     each row a distribution over the n positions so far, pictures expanded.
     """
-    media = model.as_media(media)
+    ids, media = model.read(prompt, media)
     features = [model.encode(m) for m in media]
-    inputs = fuse([*model.prompt_ids(prompt), *answer], features, model.embed)
+    inputs = fuse([*ids, *answer], features, model.embed)
     cache = model.new_cache()
     model.forward(inputs[:, :-1], 0, cache)
     decoder = model.net.get_decoder()
@@ -59,7 +59,7 @@ def picture_weights(
     model: VisionLanguageModel, prompt: str, media: Sequence[Medium], weights: Tensor
 ) -> list[Tensor]:
     """Split weights (..., n) over the whole sequence: one (..., medium.length) for each medium."""
-    ids, at, out = model.prompt_ids(prompt), 0, []
+    (ids, media), at, out = model.read(prompt, media), 0, []
     pictures = iter(media)
     for i in ids:
         length = next(pictures).length if i < 0 else 1

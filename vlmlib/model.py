@@ -202,7 +202,7 @@ class VisionLanguageModel(ABC):
         `media` are Medium objects or pixel values, see `as_media`. Raises PlaceholderError when
         placeholders and media differ in number, CacheError when `start_pos` is ahead of the cache.
         """
-        ids, media = self.prompt_ids(prompt), self.as_media(media)
+        ids, media = self.read(prompt, media)
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
         lengths = [m.length for m in media]
         content = positions(ids, lengths, [m.key for m in media])
@@ -226,6 +226,10 @@ class VisionLanguageModel(ABC):
             device=self.device,
             reused_tokens=start,
         )
+
+    def read(self, prompt: str, media: Media) -> tuple[list[int], list[Medium]]:
+        """Ids of the whole prompt, and its media in the order of their placeholders."""
+        return self.prompt_ids(prompt), self.as_media(media)
 
     def as_media(self, media: Media) -> list[Medium]:
         """Media as they are; of pixel values (b, 3, h, w), or a list of (3, h, w) or (t, 3, h, w),

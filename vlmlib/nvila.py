@@ -10,8 +10,8 @@ Sources: VILA:llava/model, llm-awq:tinychat/stream_generators/NVILA_stream_gen.p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from .cache import KVCache
-from .decoding import Chunk, Turn
-from .errors import ShapeError, VideoError
+from .decoding import Chunk
+from .errors import ShapeError
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium, Video
 from .model import Media, Part, VisionLanguageModel, end_of_answer_ids
@@ -32,7 +32,7 @@ from .projectors import projected_side
 from .sampling import GenParams
 from .tiling import Size, dynamic_preprocess, dynamic_s2_preprocess, dynamic_tiles, s2_grids
 from .tokenization import IMAGE_TOKEN_INDEX, escape_special_tokens
-from .video import load_video, uniform_indices
+from .video import uniform_indices
 
 MediaByKind = Mapping[str, Sequence[Tensor | Medium]]
 
@@ -129,7 +129,7 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
 
     def _clip(self, video: Video) -> Medium:
         num = self.config.num_video_frames if video.num_frames is None else video.num_frames
-        frames = clip_frames(video, num)
+        frames = video.frames(partial(frame_indices, video, num))
         return self.medium(self._pixels([load_image(frame) for frame in frames]), "video")
 
     def medium(self, pixels: Tensor, kind: str = "image", block: Size | None = None) -> Medium:
@@ -204,26 +204,17 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         media = set(self.media_token_ids.values())
         return [IMAGE_TOKEN_INDEX if i in media else i for i in self.tokenizer(prompt).input_ids]
 
-    def turn(self, prompt: str, media: Media | MediaByKind = None, **options) -> Turn:
+    def read(self, prompt: str, media: Media | MediaByKind) -> tuple[list[int], list[Medium]]:
         """As for every model; each placeholder takes the next medium of its own kind."""
         ids = self.tokenizer(prompt).input_ids
-        return super().turn(prompt, self.in_order([ids], self.as_media(media)), **options)
+        return self.prompt_ids(prompt), self.in_order([ids], self.as_media(media))
 
 
-def clip_frames(video: Video, num: int) -> list[ImageSource]:
-    """`num` pictures of a clip at equal distances, its first and its last included."""
-
-    def indices(n: int, fps: float) -> list[int]:
-        start, end = (0, n - 1) if video.bound is None else (round(t * fps) for t in video.bound)
-        first, last = max(start, 0), min(end, n - 1)
-        return [first + i for i in uniform_indices(last - first + 1, num)]
-
-    if isinstance(video.source, (str, os.PathLike, bytes)):
-        return load_video(video.source, indices)
-    frames = list(video.source)
-    if not frames or video.bound is not None:
-        raise VideoError("a list of frames must not be empty, and can have no bound in seconds")
-    return [frames[i] for i in indices(len(frames), 1.0)]
+def frame_indices(video: Video, num: int, n: int, fps: float) -> list[int]:
+    """`num` of a clip's n frames at equal distances, its first and its last included."""
+    start, end = (0, n - 1) if video.bound is None else (round(t * fps) for t in video.bound)
+    first, last = max(start, 0), min(end, n - 1)
+    return [first + i for i in uniform_indices(last - first + 1, num)]
 
 
 def _pictures(sources: Sequence[ImageSource | Video]) -> list[ImageSource]:
