@@ -200,3 +200,12 @@ def test_the_progress_bar_switch_is_put_back(saved, folder, on):
 def test_small_models_load_without_a_progress_bar(saved, capfd):
     vlmlib.load(saved, device="cpu")
     assert "%" not in capfd.readouterr().err
+
+
+def test_llavas_own_call():
+    folder = vlmlib.DATA / "checkpoints" / "tiny-llava"
+    tokenizer, model, processor, length = vlmlib.load_pretrained_model(folder, None, "tiny")
+    assert (model.tokenizer, model.image_processor) == (tokenizer, processor)
+    assert (model.name, length) == ("tiny", 2048)
+    with pytest.raises(CheckpointError, match="merge them into it"):
+        vlmlib.load_pretrained_model(folder, "lmsys/vicuna-7b-v1.5", "tiny-lora")

@@ -47,7 +47,7 @@ from .internvl import (
     InternVLStreamGenerator,
 )
 from .llava import Llava, LlavaNext, LlavaStreamGenerator, process_images
-from .loading import DATA, load, shipped_models
+from .loading import DATA, load, load_pretrained_model, shipped_models
 from .media import Medium, Video
 from .model import VisionLanguageModel
 from .nvila import NVILA, NVILAStreamGenerator
@@ -139,6 +139,7 @@ __all__ = [
     "get_index",
     "load",
     "load_image",
+    "load_pretrained_model",
     "load_video",
     "merge_anyres",
     "merge_chessboard",

@@ -66,6 +66,25 @@ def load(
     return model
 
 
+def load_pretrained_model(
+    model_path: str | os.PathLike, model_base: str | None, model_name: str, **options
+) -> tuple:
+    """LLaVA's call: (tokenizer, model, image_processor, context_len); `options` are `load`'s.
+
+    The layout of the checkpoint decides what it is, so `model_name` is only remembered as the
+    model's name. Weights that need a `model_base` must be merged into it first: CheckpointError.
+    Source: LLaVA:llava/model/builder.py.
+    """
+    if model_base is not None:
+        raise CheckpointError(
+            f"{model_path}: weights on top of a base ({model_base}) are not supported; merge them "
+            "into it and load the merged folder with model_base=None"
+        )
+    model = load(model_path, **options)
+    model.name = model_name
+    return model.tokenizer, model, model.image_processor, model.context_len
+
+
 def _load_native(folder: Path, model_type, device, dtype) -> VisionLanguageModel:
     """A checkpoint in the layout of transformers' own class."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
