@@ -253,7 +253,8 @@ def run(
     for batch in batches(trainer, workers):
         losses = trainer.train_step(batch)
         now = time.monotonic()
-        if trainer.step % 50 == 0 or trainer.step in (1, 10, trainer.recipe.steps):
+        over = bool(minutes) and now - began > 60 * minutes
+        if over or trainer.step % 50 == 0 or trainer.step in (1, 10, trainer.recipe.steps):
             report({"step": trainer.step, "seconds": round(now - began, 1), **losses})
         if checkpoint and now - saved > 60 * every_minutes:
             checkpoint()
@@ -263,7 +264,7 @@ def run(
         if now - probed > 60 * probe_minutes:
             report({"step": trainer.step, "probe": probe(trainer)})
             probed = time.monotonic()
-        if minutes and now - began > 60 * minutes:
+        if over:
             break
     if checkpoint:
         checkpoint()
