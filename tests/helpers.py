@@ -124,3 +124,14 @@ def living_caches() -> int:
     """How many key/value caches are in memory."""
     gc.collect()
     return sum(type(o) is DynamicCache for o in gc.get_objects())
+
+
+def without_times(chunks) -> list[dict]:
+    """Chunks without what differs from run to run."""
+    out = []
+    for chunk in chunks:
+        timing = chunk["timing"] and {
+            k: v for k, v in chunk["timing"].items() if k.endswith("tokens")
+        }
+        out.append(chunk | {"timing": timing})
+    return out

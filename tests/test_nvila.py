@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, VECTORS, ids_of, noise
+from helpers import GOLDEN, VECTORS, ids_of, noise, without_times
 from nvila_helpers import CONTEXT, MODES, PROJECTORS, TILE, TSP, nvila, shared, tokenizer
 from transformers import GenerationConfig, SiglipVisionModel
 
@@ -55,16 +55,6 @@ def ask(model, parts, params=GREEDY, **options):
     media, config = model.prepare_media([{"from": "human", "value": parts}])
     prompt = model.chat_prompt(parts)
     return NVILAStreamGenerator(model, params, prompt, media, config, **options)
-
-
-def without_times(chunks) -> list[dict]:
-    out = []
-    for chunk in chunks:
-        timing = chunk["timing"] and {
-            k: v for k, v in chunk["timing"].items() if k.endswith("tokens")
-        }
-        out.append(chunk | {"timing": timing})
-    return out
 
 
 # ---- golden vectors ----

@@ -22,6 +22,7 @@ from helpers import (
     noise,
     pixels,
     tiny_llava,
+    without_times,
 )
 
 import vlmlib
@@ -65,17 +66,6 @@ def ask(model, prompt=ONE, params=GREEDY, *, path="vlmlib", image_tensor="one", 
     return LlavaStreamGenerator(
         net, model.tokenizer, prompt, start, params, image_tensor=image_tensor, **options
     )
-
-
-def without_times(chunks) -> list[dict]:
-    """Chunks without what differs from run to run."""
-    out = []
-    for chunk in chunks:
-        timing = chunk["timing"] and {
-            k: v for k, v in chunk["timing"].items() if k.endswith("tokens")
-        }
-        out.append(chunk | {"timing": timing})
-    return out
 
 
 # ---- the same numbers as transformers ----

@@ -205,7 +205,9 @@ class VisionLanguageModel(ABC):
         ids, media = self.read(prompt, media)
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
         lengths = [m.length for m in media]
-        content = positions(ids, lengths, [m.key for m in media])
+        # Only a cache that outlives this turn needs to tell one picture from another.
+        names = range(len(media)) if cache is None else [m.key for m in media]
+        content = positions(ids, lengths, names)
         cache, start = self._reusable(content, start_pos, cache)
 
         def prefill() -> Tensor:
