@@ -75,14 +75,20 @@ def tiny_net(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
+    net = wild_net(LlavaForConditionalGeneration, config, seed)
+    net.generation_config.eos_token_id = tokenizer.eos_token_id
+    net.generation_config.pad_token_id = tokenizer.eos_token_id
+    return net
+
+
+def wild_net(net_class, config, seed: int):
+    """Random weights, wild enough that greedy answers differ from prompt to prompt."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = LlavaForConditionalGeneration(config).eval()
+        net = net_class(config).eval()
         for weight in net.parameters():
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
-    net.generation_config.eos_token_id = tokenizer.eos_token_id
-    net.generation_config.pad_token_id = tokenizer.eos_token_id
     return net
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, ids_of, noise
+from helpers import GOLDEN, ids_of, noise, wild_net
 from tokenizers import AddedToken
 from transformers import (
     InternVLConfig,
@@ -104,12 +104,7 @@ def internvl_net(tokenizer, seed: int = 0, **changes) -> InternVLForConditionalG
         tie_word_embeddings=False,
         **changes,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = InternVLForConditionalGeneration(config).eval()
-        for weight in net.parameters():
-            if weight.dim() > 1:
-                torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
+    net = wild_net(InternVLForConditionalGeneration, config, seed)
     net.generation_config.eos_token_id = tokenizer.eos_token_id
     net.generation_config.pad_token_id = tokenizer.eos_token_id
     return net

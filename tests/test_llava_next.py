@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CHAT_TEMPLATE, GOLDEN, ids_of, noise, tiny_processor
+from helpers import CHAT_TEMPLATE, GOLDEN, ids_of, noise, tiny_processor, wild_net
 from tokenizers import AddedToken
 from transformers import (
     CLIPVisionConfig,
@@ -61,12 +61,7 @@ def model(tokenizer):
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = LlavaNextForConditionalGeneration(config).eval()
-        for weight in net.parameters():
-            if weight.dim() > 1:
-                torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
+    net = wild_net(LlavaNextForConditionalGeneration, config, 0)
     net.generation_config.eos_token_id = tokenizer.eos_token_id
     return vlmlib.LlavaNext(net, tokenizer, tiny_processor())
 
