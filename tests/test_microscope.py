@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import nvila_helpers
 import pytest
 import torch
 from helpers import noise, pixels, tiny_llava, tiny_processor
+from test_internvl import internvl_net, internvl_tokenizer
 from test_llava_next import model as next_model  # noqa: F401
 from test_llava_next import tokenizer  # noqa: F401
 
-from vlmlib import IMAGE_TOKEN_INDEX, ImageProcessor
+from vlmlib import IMAGE_TOKEN_INDEX, ImageProcessor, InternVL, ShapeError, Video
 from vlmlib.fusion import fuse
-from vlmlib.microscope import attention, heat_map, patch_boxes, picture_weights
+from vlmlib.microscope import attention, heat_map, picture_weights
+from vlmlib.tiling import patch_boxes
 
 PROMPT = "USER: <image>\nwhat is this? <image> ASSISTANT:"
 
@@ -67,19 +70,133 @@ def test_region_is_what_the_crop_shows(size, pad):
     assert pixel[0] == pytest.approx((max if pad else min)(size) / 28)
 
 
-def test_a_patch_lies_where_it_was_cut(model):
-    """Light up one spot of the picture: the position whose box holds it changes its features."""
-    image = noise(56, 40)
-    image.paste((0, 0, 0), (0, 0, 56, 40))
-    spot = image.copy()
-    spot.paste((255, 255, 255), (30, 25, 34, 29))
-    dark, lit = model.prepare([image, spot])
-    boxes = model.boxes(lit)
-    holds = (boxes[:, :2] < torch.tensor([32 / 56, 27 / 40])).all(1)
-    holds &= (boxes[:, 2:] > torch.tensor([32 / 56, 27 / 40])).all(1)
-    rows = lit.pixels.sub(dark.pixels).abs().sum(1)[0].unfold(0, 14, 14).unfold(1, 14, 14)
-    changed = rows.sum((-1, -2)).flatten() > 0
-    assert holds.tolist() == changed.tolist() and holds.sum() == 1
+# ---- where positions lie ----
+
+
+def nearsighted(model, tower):
+    """Every patch sees itself alone: what the layers' attention says is nothing."""
+    with torch.no_grad():
+        for name, weight in tower.named_parameters():
+            if "out_proj" in name or "projection_layer" in name:
+                weight.zero_()
+    return model
+
+
+def nearsighted_llava(**changes):
+    model = tiny_llava()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return nearsighted(model, model.net.model.vision_tower)
+
+
+def nearsighted_internvl():
+    words = internvl_tokenizer()
+    model = InternVL(internvl_net(words), words)
+    return nearsighted(model, model.net.model.vision_tower)
+
+
+def nearsighted_nvila(mode, projector="mlp_downsample", **changes):
+    model = nvila_helpers.nvila(mode, projector, **changes)
+    return nearsighted(model, model.vision_tower)
+
+
+def differences(model, dark, lit) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(boxes, changed) of every medium of one picture."""
+    out = []
+    for before, after in zip(model.prepare([dark]), model.prepare([lit]), strict=True):
+        with torch.inference_mode():
+            change = (model.encode(before) - model.encode(after)).abs().amax(-1)
+        boxes = model.boxes(after)
+        assert boxes.shape == (after.length, 4)
+        out.append((boxes, change > 1e-5))
+    return out
+
+
+TILE_BLUR = 4 / 28  # of a tile: as far as bicubic filters reach
+CASES = {
+    "llava": (nearsighted_llava, TILE_BLUR),
+    "llava pad": (lambda: nearsighted_llava(image_aspect_ratio="pad"), TILE_BLUR),
+    "internvl": (nearsighted_internvl, TILE_BLUR),
+    "nvila resize": (lambda: nearsighted_nvila("resize"), TILE_BLUR),
+    "nvila pad": (lambda: nearsighted_nvila("pad", "linear"), 2 * TILE_BLUR),
+    "nvila folded unevenly": (
+        lambda: nearsighted_nvila("dynamic", "mlp_downsample_3x3_fix"),
+        TILE_BLUR,
+    ),
+    "nvila dynamic": (lambda: nearsighted_nvila("dynamic"), TILE_BLUR),
+    "nvila dynamic_s2": (lambda: nearsighted_nvila("dynamic_s2"), 1 / 4 + TILE_BLUR),
+    "nvila first scale": (
+        lambda: nearsighted_nvila("dynamic_s2", s2_resize_output_to_scale_idx=0),
+        TILE_BLUR,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [(84, 56), (56, 84), (28, 28)])
+def test_a_position_lies_where_it_looks(case, size):
+    """Light up a spot of a dark picture: the positions whose box holds it change, and no position
+    changes whose box is farther from it than pictures blur when they are resized.
+    """
+    make, margin = CASES[case]
+    model, (width, height) = make(), size
+    dark = noise(width, height)
+    dark.paste((0, 0, 0), (0, 0, width, height))
+    spots, seen = [(0.07, 0.11), (0.35, 0.62), (0.62, 0.35), (0.5, 0.93), (0.93, 0.5)], 0
+    for x, y in spots:
+        lit = dark.copy()
+        left, top = round(x * width) - 1, round(y * height) - 1
+        lit.paste((255, 255, 255), (left, top, left + 3, top + 3))
+        at = torch.tensor([(left + 1.5) / width, (top + 1.5) / height])
+        for boxes, changed in differences(model, dark, lit):
+            holds = ((boxes[:, :2] < at) & (at < boxes[:, 2:])).all(1)
+            near = ((boxes[:, :2] - margin < at) & (at < boxes[:, 2:] + margin)).all(1)
+            assert not (holds & ~changed).any() and not (changed & ~near).any()
+            assert not (near & boxes.isnan().any(1)).any()
+            seen += int(holds.sum())
+    assert seen >= 2  # a crop may miss some
+
+
+def test_padding_lies_outside():
+    model = nearsighted_llava(image_aspect_ratio="pad")
+    (medium,) = model.prepare([noise(84, 56)])
+    assert medium.shown.tolist() == [[0.0, -0.25, 1.0, 1.25]]
+    assert model.boxes(medium)[:, 1].tolist() == [-0.25, -0.25, 0.5, 0.5]
+
+
+def test_frames_lie_over_each_other():
+    """The frames of a clip show the same place; pools are as large as what they average."""
+    frames = [noise(40, 30, seed) for seed in range(4)]
+    model = nearsighted_internvl()
+    (clip,) = model.prepare([Video(frames)])
+    one = patch_boxes(2, 2)
+    assert torch.equal(model.boxes(clip), one.repeat(4, 1))
+    _, placed = model.read("Frames: <video>", [clip])
+    assert all(torch.equal(model.boxes(frame), one) for frame in placed) and len(placed) == 4
+    nvila = nvila_helpers.shared("resize", video_encoder=nvila_helpers.TSP)
+    (clip,) = nvila.prepare([Video(frames)])
+    boxes = nvila.boxes(clip)
+    assert len(boxes) == clip.length == len(nvila.encode(clip))
+    known = boxes[~boxes.isnan().any(1)]
+    assert torch.equal(known, torch.cat([one, one, patch_boxes(1, 2)]))
+
+
+def test_positions_that_are_no_patch():
+    """Texts around a picture lie nowhere, at the places where the encoder writes them."""
+    model = nvila_helpers.shared(
+        image_encoder='{"_target_": "llava.model.encoders.BasicImageEncoder", '
+        '"start_tokens": "is re", "end_tokens": "at"}',
+    )
+    (medium,) = model.prepare([noise(30, 20)])
+    text = model.boxes(medium).isnan().all(1).nonzero().flatten().tolist()
+    before, behind = (len(model.tokenizer(t).input_ids) for t in ("is re", "at"))
+    assert text == [*range(before), *range(medium.length - behind, medium.length)]
+
+
+def test_pixels_alone_do_not_tell_what_they_show(model):
+    (medium,) = model.as_media(pixels(1))
+    with pytest.raises(ShapeError, match="use media of `prepare`"):
+        model.boxes(medium)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (64, 48), (48, 64), (90, 30), (200, 7)])

@@ -11,6 +11,7 @@ Axes are named alike in every docstring:
     h, w  rows and columns, of pixels or of patches
 """
 
+from .budget import image_tokens
 from .cache import KVCache
 from .chat import Chat
 from .chessboard import (
@@ -137,6 +138,7 @@ __all__ = [
     "find_closest_aspect_ratio",
     "get_anyres_image_grid_shape",
     "get_index",
+    "image_tokens",
     "load",
     "load_image",
     "load_pretrained_model",

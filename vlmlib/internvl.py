@@ -14,10 +14,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
@@ -25,11 +27,11 @@ from .cache import KVCache
 from .chessboard import pixel_shuffle, square_side
 from .decoding import Chunk
 from .errors import PlaceholderError, ShapeError
-from .images import ImageProcessor, ImageSource
+from .images import ImageProcessor, ImageSource, load_image
 from .media import Medium, Video
 from .model import Media, VisionLanguageModel, end_of_answer_ids
 from .sampling import GenParams
-from .tiling import dynamic_preprocess
+from .tiling import dynamic_preprocess, dynamic_regions, patch_boxes
 from .tokenization import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
@@ -103,12 +105,11 @@ class InternVL(VisionLanguageModel):
     @property
     def image_size(self) -> int:
         """Pixels along a side of a tile."""
-        return _side(self.config.vision_config.image_size)
+        return tile_pixels(self.config)
 
     @property
     def tokens_per_tile(self) -> int:
-        patches = self.image_size // _side(self.config.vision_config.patch_size)
-        return round((patches * self.config.downsample_ratio) ** 2)
+        return tokens_per_tile(self.config)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -119,21 +120,25 @@ class InternVL(VisionLanguageModel):
         return [self._clip(s) if isinstance(s, Video) else self._picture(s) for s in sources]
 
     def _picture(self, source: ImageSource) -> Medium:
-        p = self.image_processor
-        return self.medium(self._tiles(source, min_num=p.min_patches, max_num=p.max_patches))
+        p, image = self.image_processor, load_image(source)
+        numbers = (p.min_patches, p.max_patches, self.image_size)
+        tiles = dynamic_preprocess(image, *numbers, use_thumbnail=True)
+        regions = dynamic_regions(*image.size, *numbers, use_thumbnail=True)
+        return replace(self.medium(self._pixels(tiles)), regions=regions)
 
     def _clip(self, video: Video) -> Medium:
-        tiles = [
-            self._tiles(frame, max_num=1) for frame in video.frames(partial(frame_indices, video))
-        ]
-        return self.medium(torch.cat(tiles), "video")
+        frames = video.frames(partial(frame_indices, video))
+        tiles = sum((dynamic_preprocess(f, 1, 1, self.image_size) for f in frames), [])
+        regions = patch_boxes(1, 1).repeat(len(tiles), 1)
+        return replace(self.medium(self._pixels(tiles), "video"), regions=regions)
 
-    def _tiles(self, source: ImageSource, **numbers: int) -> Tensor:
-        """A picture -> (t, 3, h, w)."""
-        tiles = dynamic_preprocess(
-            source, image_size=self.image_size, use_thumbnail=True, **numbers
-        )
+    def _pixels(self, tiles: Sequence[Image.Image]) -> Tensor:
+        """(t, 3, h, w)"""
         return torch.stack([self.image_processor.pixels(tile) for tile in tiles])
+
+    def boxes(self, medium: Medium) -> Tensor:
+        side = isqrt(self.tokens_per_tile)
+        return patch_boxes(side, side, medium.shown).flatten(0, 1)
 
     def medium(self, pixels: Tensor, kind: str = "image") -> Medium:
         side = self.image_size
@@ -196,6 +201,17 @@ def frame_indices(video: Video, n: int, fps: float) -> list[int]:
     return get_index(video.bound, fps, n - 1, num_segments=num)
 
 
+def tile_pixels(config) -> int:
+    """Pixels along a side of a tile."""
+    return _side(config.vision_config.image_size)
+
+
+def tokens_per_tile(config) -> int:
+    """Positions that a tile takes."""
+    patches = tile_pixels(config) // _side(config.vision_config.patch_size)
+    return round((patches * config.downsample_ratio) ** 2)
+
+
 def _side(size: int | Sequence[int]) -> int:
     """Configurations have one number, or (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -245,7 +261,9 @@ def _assign(found: Sequence[re.Match], media: Sequence[Medium]) -> list[list[Med
 
 def _frames(clip: Medium) -> list[Medium]:
     t = len(clip.pixels)
-    return [Medium(frame, clip.length // t, "video") for frame in clip.pixels.split(1)]
+    shown = [None] * t if clip.regions is None else clip.regions.split(1)
+    frames = zip(clip.pixels.split(1), shown, strict=True)
+    return [Medium(p, clip.length // t, "video", regions=region) for p, region in frames]
 
 
 def _written(match: re.Match, group: Sequence[Medium]) -> str:

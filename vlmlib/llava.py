@@ -30,16 +30,15 @@ from .errors import CacheError, ShapeError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium
-from .microscope import patch_boxes
 from .model import Media, VisionLanguageModel, answer_turn
 from .sampling import GenParams
 from .tiling import (
     Size,
+    anyres_boxes,
     anyres_tiles,
     anyres_tokens,
-    get_anyres_image_grid_shape,
     merge_anyres,
-    unpadded_size,
+    patch_boxes,
 )
 from .tokenization import (
     IMAGE_TOKEN,
@@ -62,17 +61,21 @@ class Llava(VisionLanguageModel):
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
         pictures = [load_image(source) for source in sources]
         media = self.as_media(self.prepare_images(pictures) if pictures else None)
-        return [replace(m, size=p.size) for m, p in zip(media, pictures, strict=True)]
+        padded = getattr(self.config, "image_aspect_ratio", None) == "pad"
+        shown = replace(self.image_processor, do_pad=padded or self.image_processor.do_pad).region
+        return [
+            replace(m, regions=torch.tensor([shown(*p.size)]))
+            for m, p in zip(media, pictures, strict=True)
+        ]
 
     def boxes(self, medium: Medium) -> Tensor:
-        rows, cols = (
-            side // self.config.vision_config.patch_size for side in medium.pixels.shape[-2:]
-        )
-        grid = patch_boxes(rows, cols, self.image_processor.region(*medium.size))
+        patch = self.config.vision_config.patch_size
+        rows, cols = (side // patch for side in medium.pixels.shape[-2:])
+        (grid,) = patch_boxes(rows, cols, medium.shown)
         return torch.cat([torch.full((medium.length - len(grid), 4), nan), grid])
 
     def medium(self, pixels: Tensor) -> Medium:
-        length = len(pixels) * image_tokens(self.config, *pixels.shape[-2:])
+        length = len(pixels) * input_tokens(self.config, *pixels.shape[-2:])
         return Medium(pixels, length)
 
     def patch_features(self, pixels: Tensor) -> Tensor:
@@ -136,9 +139,8 @@ class LlavaNext(Llava):
     net: LlavaNextForConditionalGeneration
 
     @property
-    def pinpoints(self) -> list[tuple[int, int]]:
-        """Resolutions as (width, height); the configuration has them the other way round."""
-        return [(width, height) for height, width in self.config.image_grid_pinpoints]
+    def pinpoints(self) -> list[Size]:
+        return pinpoints(self.config)
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
         return [self._anyres(load_image(source)) for source in sources]
@@ -158,12 +160,8 @@ class LlavaNext(Llava):
 
     def boxes(self, medium: Medium) -> Tensor:
         vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
-        cols, rows = get_anyres_image_grid_shape(medium.size, self.pinpoints, vision.image_size)
-        kept = unpadded_size(rows * side, cols * side, medium.size, rounding="hf")
-        newlines = torch.full((kept[0], 1, 4), nan)
-        tiles = torch.cat([patch_boxes(*kept).reshape(*kept, 4), newlines], dim=1)
-        return torch.cat([patch_boxes(side, side), tiles.flatten(0, 1)])
+        grid = (self.pinpoints, vision.image_size, vision.patch_size)
+        return anyres_boxes(*medium.size, *grid, rounding="hf")
 
     def encode(self, medium: Medium) -> Tensor:
         vision = self.config.vision_config
@@ -213,13 +211,18 @@ def _pixels(pictures: Sequence[Image.Image], image_processor) -> Tensor:
     return torch.cat([torch.as_tensor(batch) for batch in batches])
 
 
-def image_tokens(config, height: int, width: int) -> int:
+def input_tokens(config, height: int, width: int) -> int:
     """Positions of one (3, height, width) input: its patches, and the class token if kept."""
     vision = config.vision_config
     patches = (height // vision.patch_size) * (width // vision.patch_size)
     class_token = vision.model_type.startswith("clip")
     dropped = config.vision_feature_select_strategy == "default"
     return patches + class_token - dropped
+
+
+def pinpoints(config) -> list[Size]:
+    """Resolutions as (width, height); a configuration of LLaVA-1.6 has them the other way round."""
+    return [(width, height) for height, width in config.image_grid_pinpoints]
 
 
 def prompt_ids(prompt: str, tokenizer) -> list[int]:

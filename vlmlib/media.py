@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import VideoError
+from .errors import ShapeError, VideoError
 from .fusion import digest
 from .images import ImageSource
 from .video import VideoSource, load_video
@@ -50,6 +50,8 @@ class Medium:
     kind    "image" or "video"
     size    (width, height) of the original picture, where the layout of its features depends on it
     block   (rows, cols) of the tiles of the last scale (dynamic-S2)
+    regions (t, 4): the part of the original that each tile or frame shows, as (left, top, right,
+            bottom) with the original from 0 to 1; None where only pixel values are known
     """
 
     pixels: Tensor
@@ -57,6 +59,14 @@ class Medium:
     kind: str = "image"
     size: tuple[int, int] | None = None
     block: tuple[int, int] | None = None
+    regions: Tensor | None = None
+
+    @property
+    def shown(self) -> Tensor:
+        """`regions`. Raises ShapeError where they are not known."""
+        if self.regions is None:
+            raise ShapeError("pixel values do not tell what they show: use media of `prepare`")
+        return self.regions
 
     @property
     def key(self) -> Hashable:

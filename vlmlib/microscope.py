@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .fusion import fuse
@@ -67,17 +66,6 @@ def picture_weights(
             out.append(weights[..., at : at + length])
         at += length
     return out
-
-
-def patch_boxes(
-    rows: int, cols: int, region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-) -> Tensor:
-    """(rows * cols, 4) boxes (left, top, right, bottom) of a grid over `region`, row by row."""
-    left, top, right, bottom = region
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    corners = torch.stack([x, y, x + 1, y + 1], dim=-1) / torch.tensor([cols, rows, cols, rows])
-    scale = torch.tensor([right - left, bottom - top] * 2)
-    return rearrange(corners * scale + torch.tensor([left, top] * 2), "h w four -> (h w) four")
 
 
 def heat_map(weights: Tensor, boxes: Tensor, width: int, height: int) -> Tensor:

@@ -64,11 +64,14 @@ class VisionLanguageModel(ABC):
     def prompt_ids(self, prompt: str) -> list[int]:
         """Prompt text -> ids, with IMAGE_TOKEN_INDEX once for every medium."""
 
+    @abstractmethod
     def boxes(self, medium: Medium) -> Tensor:
-        """(medium.length, 4): the part of the picture that each position comes from, as (left, top,
-        right, bottom) with the picture from 0 to 1; NaN for positions that are no patch.
+        """(medium.length, 4): the part of the original that each position comes from, as (left,
+        top, right, bottom) with the original from 0 to 1; NaN for positions that are no patch.
+
+        Raises ShapeError for media that were made from pixel values alone: those of `prepare` know
+        what they show.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say where its positions lie")
 
     # ---- what all share ----
 

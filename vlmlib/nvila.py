@@ -11,6 +11,7 @@ Sources: VILA:llava/model, llm-awq:tinychat/stream_generators/NVILA_stream_gen.p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 from typing import Any
@@ -28,9 +29,17 @@ from .media import Medium, Video
 from .model import Media, Part, VisionLanguageModel, end_of_answer_ids
 from .nvila_causal import LlavaMetaForCausalLM, expand_tiles, tiles_of
 from .nvila_model import MEDIA_TOKENS, LlavaMetaModel
-from .projectors import projected_side
+from .projectors import folded, projected_side
 from .sampling import GenParams
-from .tiling import Size, dynamic_preprocess, dynamic_s2_preprocess, dynamic_tiles, s2_grids
+from .tiling import (
+    Size,
+    dynamic_preprocess,
+    dynamic_regions,
+    dynamic_s2_preprocess,
+    dynamic_tiles,
+    patch_boxes,
+    s2_grids,
+)
 from .tokenization import IMAGE_TOKEN_INDEX, escape_special_tokens
 from .video import uniform_indices
 
@@ -112,12 +121,24 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     def _picture(self, image: Image.Image, mode: str | None) -> list[Medium]:
         config, side = self.config, self.tile_pixels
         if mode == "dynamic":
-            tiles = dynamic_preprocess(image, config.min_tiles, config.max_tiles, side, True)
-            return [self.medium(self._pixels([tile])) for tile in tiles]
+            numbers = (config.min_tiles, config.max_tiles, side, True)
+            tiles = dynamic_preprocess(image, *numbers)
+            regions = dynamic_regions(*image.size, *numbers).split(1)
+            return [
+                replace(self.medium(self._pixels([tile])), regions=region)
+                for tile, region in zip(tiles, regions, strict=True)
+            ]
         if mode == "dynamic_s2":
             tiles, block = dynamic_s2_preprocess(image, config.scales, config.max_tiles, side)
-            return [self.medium(self._pixels(tiles), block=block)]
-        return [self.medium(self._pixels([image]))]
+            regions = torch.cat([patch_boxes(*grid) for grid in s2_grids(block, config.scales)])
+            return [replace(self.medium(self._pixels(tiles), block=block), regions=regions)]
+        return [replace(self.medium(self._pixels([image])), regions=self._shown(image))]
+
+    def _shown(self, picture: Image.Image) -> Tensor:
+        """(1, 4): the region of the one tile that a picture is stretched to."""
+        if self.config.image_aspect_ratio != "pad":
+            return patch_boxes(1, 1)
+        return torch.tensor([replace(self.image_processor, do_pad=True).region(*picture.size)])
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures -> (t, 3, h, w), each stretched to a tile; "pad" first makes it a square."""
@@ -130,7 +151,9 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     def _clip(self, video: Video) -> Medium:
         num = self.config.num_video_frames if video.num_frames is None else video.num_frames
         frames = video.frames(partial(frame_indices, video, num))
-        return self.medium(self._pixels([load_image(frame) for frame in frames]), "video")
+        pictures = [load_image(frame) for frame in frames]
+        regions = torch.cat([self._shown(picture) for picture in pictures])
+        return replace(self.medium(self._pixels(pictures), "video"), regions=regions)
 
     def medium(self, pixels: Tensor, kind: str = "image", block: Size | None = None) -> Medium:
         """(t, 3, h, w) of a clip's frames; of a picture's one tile; or with `block`, of the tiles
@@ -175,6 +198,17 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
 
     def encode(self, medium: Medium) -> Tensor:
         return self.encoders[medium.kind](self, medium)
+
+    def boxes(self, medium: Medium) -> Tensor:
+        return self.encoders[medium.kind].boxes(self, medium)
+
+    def tile_boxes(self, pixels: int, regions: Tensor, pool: Size = (1, 1)) -> Tensor:
+        """(t, n, 4): what the n positions of each tile of so many pixels show, behind the projector
+        and averaged over `pool` (rows, columns); regions (t, 4) are what the tiles show.
+        """
+        side, patches = self.tile_side(pixels), pixels // self.vision_tower.config.patch_size
+        reach = side * folded(self.mm_projector.kind) / patches
+        return patch_boxes(side // pool[0], side // pool[1], regions, reach)
 
     # ---- prompts ----
 

@@ -7,18 +7,20 @@ positions this will take. Sources: VILA:llava/model/multimodal_encoder, VILA:lla
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import nan
 from typing import Any
 
 import torch
-from einops import reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from .chessboard import square_side
 from .errors import CheckpointError, ShapeError
 from .media import Medium
-from .tiling import s2_grids
+from .tiling import Size, patch_boxes, s2_grids
 
 Pool = tuple[int, int, int]
 
@@ -60,6 +62,10 @@ class SiglipTower(nn.Module):
         return out.hidden_states[self.select_layer]
 
 
+Writer = Callable[[str | None], Tensor]
+"""Text -> (n, d), what stands at its n positions."""
+
+
 class MediaEncoder:
     """Text whose embeddings stand before and behind the features. `model` is an NVILA."""
 
@@ -75,24 +81,42 @@ class MediaEncoder:
         """(medium.length, d)"""
         raise NotImplementedError
 
-    def _around(self, model) -> int:
+    def boxes(self, model, medium: Medium) -> Tensor:
+        """(medium.length, 4), as `VisionLanguageModel.boxes`."""
+        raise NotImplementedError
+
+    def around(self, model) -> int:
+        """Positions of the start and end tokens."""
         return len(_ids(model, self.start_tokens)) + len(_ids(model, self.end_tokens))
+
+    def _between(self, tiles: Tensor, write: Writer) -> Tensor:
+        """(t, n, d) -> (t * n', d) with start and end tokens around each tile."""
+        before, behind = (
+            repeat(write(text), "n d -> t n d", t=len(tiles))
+            for text in (self.start_tokens, self.end_tokens)
+        )
+        return torch.cat([before, tiles, behind], dim=1).flatten(0, 1)
 
 
 class BasicImageEncoder(MediaEncoder):
     """The features of a picture, a line break behind them."""
 
     def length(self, model, pixels: Tensor, block: tuple[int, int] | None) -> int:
-        rows, cols = (1, 1)
-        if block is not None:
-            tower = model.get_vision_tower()
-            rows, cols = s2_grids(block, tower.scales)[tower.resize_output_to_scale_idx]
-        return rows * cols * model.tile_side(pixels.shape[-1]) ** 2 + self._around(model)
+        rows, cols = _board(model, block)
+        return rows * cols * model.tile_side(pixels.shape[-1]) ** 2 + self.around(model)
 
     def __call__(self, model, medium: Medium) -> Tensor:
-        (features,) = model.encode_images(medium.pixels, [medium.block])
-        start, end = _embeds(model, self.start_tokens), _embeds(model, self.end_tokens)
-        return torch.cat([start, features, end])
+        features = torch.stack(model.encode_images(medium.pixels, [medium.block]))
+        return self._between(features, partial(_embeds, model))
+
+    def boxes(self, model, medium: Medium) -> Tensor:
+        rows, cols = _board(model, medium.block)
+        regions = medium.shown if medium.block is None else patch_boxes(rows, cols)
+        tiles = model.tile_boxes(medium.pixels.shape[-1], regions)
+        side = square_side(tiles.shape[1])
+        pattern = "(rows cols) (h w) box -> 1 (rows h cols w) box"
+        board = rearrange(tiles, pattern, rows=rows, cols=cols, h=side)
+        return self._between(board, partial(_no_boxes, model))
 
 
 class TSPVideoEncoder(MediaEncoder):
@@ -114,7 +138,7 @@ class TSPVideoEncoder(MediaEncoder):
         self.sep_tokens = _text("sep_tokens", sep_tokens)
 
     def length(self, model, pixels: Tensor, block: tuple[int, int] | None = None) -> int:
-        side, around = model.tile_side(pixels.shape[-1]), self._around(model)
+        side, around = model.tile_side(pixels.shape[-1]), self.around(model)
         total = len(self.pool_sizes) * len(_ids(model, self.sep_tokens))
         for pool in self.pool_sizes:
             t, h, w = pooled_shape(len(pixels), side, pool)
@@ -123,14 +147,26 @@ class TSPVideoEncoder(MediaEncoder):
 
     def __call__(self, model, medium: Medium) -> Tensor:
         frames = torch.stack(model.encode_images(medium.pixels))  # (t, n, d)
-        start, end = _embeds(model, self.start_tokens), _embeds(model, self.end_tokens)
-        parts = []
-        for pool in self.pool_sizes:
-            pooled = pool_features(frames, pool)
-            around = [repeat(x, "n d -> t n d", t=len(pooled)) for x in (start, end)]
-            whole = torch.cat([around[0], pooled, around[1]], dim=1)
-            parts += [whole.flatten(0, 1), _embeds(model, self.sep_tokens)]
-        return torch.cat(parts)
+        pooled = [pool_features(frames, pool) for pool in self.pool_sizes]
+        return self._separated(pooled, partial(_embeds, model))
+
+    def boxes(self, model, medium: Medium) -> Tensor:
+        pixels, shown = medium.pixels.shape[-1], medium.shown
+        pooled = [model.tile_boxes(pixels, shown[::t], (h, w)) for t, h, w in self.pool_sizes]
+        return self._separated(pooled, partial(_no_boxes, model))
+
+    def _separated(self, pooled: Sequence[Tensor], write: Writer) -> Tensor:
+        """(t, n, d) for every pool -> (n', d)"""
+        parts = ([self._between(frames, write), write(self.sep_tokens)] for frames in pooled)
+        return torch.cat(sum(parts, []))
+
+
+def _board(model, block: Size | None) -> Size:
+    """(rows, cols) of the tiles whose positions a picture takes."""
+    if block is None:
+        return 1, 1
+    tower = model.get_vision_tower()
+    return s2_grids(block, tower.scales)[tower.resize_output_to_scale_idx]
 
 
 class BasicVideoEncoder(TSPVideoEncoder):
@@ -194,6 +230,11 @@ def _ids(model, text: str | None) -> list[int]:
 def _embeds(model, text: str | None) -> Tensor:
     """(n, d)"""
     return model.embed(torch.tensor(_ids(model, text), dtype=torch.long))
+
+
+def _no_boxes(model, text: str | None) -> Tensor:
+    """(n, 4): text lies nowhere in a picture."""
+    return torch.full((len(_ids(model, text)), 4), nan)
 
 
 def _text(name: str, value: Any) -> str | None:

@@ -90,8 +90,13 @@ def build_projector(kind: str, c_in: int, d_out: int) -> Projector:
 
 def projected_side(kind: str, side: int) -> int:
     """side x side positions in -> how many a side come out: 32 -> 16 for `mlp_downsample`."""
+    return -(-side // folded(kind))
+
+
+def folded(kind: str) -> int:
+    """How many positions a side a projector folds into one."""
     _, factor = _known(kind)
-    return -(-side // factor)
+    return factor
 
 
 def _known(kind: str):

@@ -9,7 +9,7 @@ aspect. Sizes of pictures are (width, height) and grids (cols, rows), as Pillow 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, inf
+from math import ceil, inf, nan
 
 import torch
 from einops import rearrange, repeat
@@ -40,6 +40,26 @@ def _crops(image: Image.Image, tile: int) -> list[Image.Image]:
 def _stretched(image: Image.Image, grid: Size, tile: int) -> list[Image.Image]:
     cols, rows = grid
     return _crops(image.resize((cols * tile, rows * tile), Image.Resampling.BICUBIC), tile)
+
+
+def patch_boxes(
+    rows: int,
+    cols: int,
+    regions: Tensor | Sequence[float] = (0.0, 0.0, 1.0, 1.0),
+    reach: float = 1.0,
+) -> Tensor:
+    """Boxes (left, top, right, bottom) of a grid over each of (..., 4) regions, row by row:
+    (..., rows * cols, 4).
+
+    reach   how many times as wide and high as its region the grid is, cut off at the region's
+            border: 29 patches fold two by two into 15 positions that would reach to 30 / 29
+    """
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    corners = torch.stack([x, y, x + 1, y + 1], dim=-1) / torch.tensor([cols, rows, cols, rows])
+    grid = rearrange((corners * reach).clamp(max=1), "h w box -> (h w) box")
+    left_top, right_bottom = torch.as_tensor(regions)[..., None, :].split(2, dim=-1)
+    size = right_bottom - left_top
+    return torch.cat([left_top, left_top], dim=-1) + grid * torch.cat([size, size], dim=-1)
 
 
 # ---- dynamic: InternVL, NVILA ----
@@ -112,6 +132,20 @@ def dynamic_tiles(
     """How many tiles `dynamic_preprocess` makes."""
     cols, rows = dynamic_grid(width, height, min_num, max_num, image_size)
     return cols * rows + (use_thumbnail and cols * rows > 1)
+
+
+def dynamic_regions(
+    width: int,
+    height: int,
+    min_num: int = 1,
+    max_num: int = 12,
+    image_size: int = 448,
+    use_thumbnail: bool = False,
+) -> Tensor:
+    """(t, 4): what part of the picture each of the tiles of `dynamic_preprocess` shows."""
+    cols, rows = dynamic_grid(width, height, min_num, max_num, image_size)
+    tiles = patch_boxes(rows, cols)
+    return torch.cat([tiles, patch_boxes(1, 1)]) if use_thumbnail and len(tiles) > 1 else tiles
 
 
 # ---- dynamic at several scales: NVILA ----
@@ -323,6 +357,26 @@ def _end_rows(grid: Tensor, newline: Tensor) -> Tensor:
     """(c, h, w), (c,) -> (c, h, w + 1)"""
     column = repeat(newline.to(grid), "c -> c h 1", h=grid.shape[1])
     return torch.cat([grid, column], dim=2)
+
+
+def anyres_boxes(
+    width: int,
+    height: int,
+    pinpoints: Sequence[Size] = PINPOINTS,
+    tile_size: int = 336,
+    patch_size: int = 14,
+    *,
+    rounding: str = "original",
+) -> Tensor:
+    """(n, 4): what part of the picture each position of `merge_anyres` ("spatial_unpad") comes
+    from; NaN for the newlines. The margin of half a row that unpadding may leave is squeezed in.
+    """
+    side = tile_size // patch_size
+    cols, rows = get_anyres_image_grid_shape((width, height), pinpoints, tile_size)
+    h, w = unpadded_size(rows * side, cols * side, (width, height), rounding=rounding)
+    grid = rearrange(patch_boxes(h, w), "(h w) box -> h w box", h=h)
+    lines = torch.cat([grid, torch.full((h, 1, 4), nan)], dim=1)
+    return torch.cat([patch_boxes(side, side), rearrange(lines, "h w box -> (h w) box")])
 
 
 def anyres_tokens(
