@@ -157,11 +157,13 @@ def test_a_position_lies_where_it_looks(case, size):
     assert seen >= 2  # a crop may miss some
 
 
-def test_padding_lies_outside():
-    model = nearsighted_llava(image_aspect_ratio="pad")
+@pytest.mark.parametrize("case", ["llava pad", "nvila pad"])
+def test_padding_lies_outside(case):
+    model = CASES[case][0]()
     (medium,) = model.prepare([noise(84, 56)])
     assert medium.shown.tolist() == [[0.0, -0.25, 1.0, 1.25]]
-    assert model.boxes(medium)[:, 1].tolist() == [-0.25, -0.25, 0.5, 0.5]
+    tops = model.boxes(medium)[:, 1]
+    assert tops[~tops.isnan()].min() == -0.25
 
 
 def test_frames_lie_over_each_other():
