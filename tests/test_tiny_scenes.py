@@ -15,6 +15,7 @@ from vlmlib.tiny.scenes import (
     KINDS,
     LABELS,
     PLACES,
+    PRINTS,
     SHAPES,
     TRAIN_START,
     VALIDATION,
@@ -22,12 +23,14 @@ from vlmlib.tiny.scenes import (
     Thing,
     ask,
     caption,
+    detail_scene,
     draw,
     example_scenes,
     outline,
     questions,
     random_scene,
     reserved_keys,
+    train_detail_scene,
     train_scene,
 )
 
@@ -140,6 +143,53 @@ def test_labels_differ_from_each_other_on_paper():
         assert all((abs(first - other) > 80).any(-1).sum() >= 8 for other in pictures[:i])
 
 
+# -------------------------------------------------------------------------- small print
+
+
+@given(seeds)
+def test_scenes_with_small_print_are_well_formed(seed):
+    scene = detail_scene(seed)
+    prints = [thing.print for thing in scene.things if thing.print]
+    assert len(set(prints)) == len(prints) and set(prints) <= set(PRINTS)
+    assert 2 <= len(scene.things) <= 5
+    width, height = scene.size
+    assert draw(scene).size == scene.size and max(scene.size) in range(300, 373)
+    assert any(abs(height / width - aspect) < 0.06 * aspect for aspect in (2 / 3, 1, 3 / 2))
+    assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+@given(seeds)
+def test_no_small_print_lies_on_a_cut(seed):
+    """Cut into the tiles of its format, every printed text lies inside of one of them."""
+    scene = detail_scene(seed)
+    width, height = scene.size
+    cols, rows = 2 if width < 0.8 * height else 3, 2 if height < 0.8 * width else 3
+    for thing in scene.things:
+        if thing.print:
+            x, y, _ = outline(thing, width, height)
+            column, row = x / width * cols % 1, y / height * rows % 1
+            assert 0.2 < column < 0.8 and 0.2 < row < 0.8
+
+
+def test_small_print_is_lost_in_a_small_picture_and_plain_in_a_tile():
+    """Two prints differ in a few pixels by little there, and in many by much here."""
+    pictures = [
+        draw(Scene((Thing("square", "blue", "large", 4, print=text),), size=(336, 336)))
+        for text in ("47", "17")
+    ]
+
+    def differing(size):
+        small, other = (np.asarray(p.resize((size, size), 3)).astype(int) for p in pictures)
+        return (abs(small - other) > 80).any(-1).sum()
+
+    assert differing(336) > 10 and differing(112) <= 1
+
+
+def test_the_training_stream_has_no_reserved_small_print():
+    assert not {train_detail_scene(i).key for i in range(2_000)} & reserved_keys()
+    assert detail_scene(5).key in reserved_keys()
+
+
 # ------------------------------------------------------------------ questions and answers
 
 
@@ -202,6 +252,12 @@ def answer_again(scene, kind, question):
         found = [thing for thing in things if thing.label == text[-1]]
         assert len(found) == 1
         return f"The {found[0].size} {found[0].colour} {found[0].shape}."
+    if kind == "read_print":
+        small = only(scene, re.search(r"on the (.*)", text)[1]).print
+        return f"The {'number' if small.isdigit() else 'word'} {small}."
+    if kind == "find_print":
+        (found,) = (thing for thing in things if thing.print == text.split()[-1])
+        return f"The {found.size} {found.colour} {found.shape}."
     parts = [f"a {t.size} {t.colour} {t.shape}" for t in things]
     parts = [
         p + (f" marked {t.label}" if t.label else "") for p, t in zip(parts, things, strict=True)
@@ -214,14 +270,16 @@ def answer_again(scene, kind, question):
 @settings(max_examples=400)
 @given(seeds, seeds)
 def test_every_answer_follows_from_its_question(seed, other_seed):
-    scene = random_scene(seed, label_share=0.6)
-    for qa in questions(scene, random.Random(other_seed)):
-        assert qa.answer == answer_again(scene, qa.kind, qa.question), qa
+    for scene in (random_scene(seed, label_share=0.6), detail_scene(seed)):
+        for qa in questions(scene, random.Random(other_seed)):
+            assert qa.answer == answer_again(scene, qa.kind, qa.question), qa
 
 
 def test_every_kind_is_asked_and_yes_is_half_of_the_answers():
     asked = [qa for s in range(1_500) for qa in questions(random_scene(s), random.Random(s))]
-    assert {qa.kind for qa in asked} == set(KINDS)
+    small = [qa for s in range(500) for qa in questions(detail_scene(s), random.Random(s))]
+    assert {qa.kind for qa in asked} == set(KINDS) - {"read_print", "find_print"}
+    assert {qa.kind for qa in small} == set(KINDS) - {"find_label", "read_label"}
     yes = [qa.answer == "Yes." for qa in asked if qa.kind == "exist"]
     assert 0.45 < sum(yes) / len(yes) < 0.55
 

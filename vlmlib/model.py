@@ -30,7 +30,7 @@ Media = Tensor | Sequence[Tensor | Medium] | None
 class VisionLanguageModel(ABC):
     """A network from transformers with its tokenizer and picture preprocessing, ready to stream.
 
-    net              the network; its weights stay as transformers loaded them
+    net              the network in evaluation mode, with its weights as transformers loaded them
     tokenizer        fast tokenizer
     image_processor  see `vlmlib.images.ImageProcessor`
     name             what `vlmlib.load` was asked for
@@ -42,7 +42,7 @@ class VisionLanguageModel(ABC):
     chat_template: str | None = None
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
-        self.net = net.eval()
+        self.net = net
         self.tokenizer = tokenizer
         self.image_processor = image_processor
 

@@ -19,9 +19,10 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -48,8 +49,24 @@ PLACES = (
     "at the bottom middle",
     "at the bottom right",
 )
+WORDS = (
+    "ANT", "BAT", "BOX", "BUS", "CAP", "CAT", "COW", "CUP", "DOG", "EGG", "FAN", "FLY",
+    "FOX", "GEM", "HAT", "HEN", "INK", "JAM", "KEY", "LEG", "MAP", "NET", "OAK", "OWL",
+    "PEN", "PIE", "PIG", "RAT", "SEA", "SKY", "SUN", "TEA", "TOY", "VAN", "WEB", "ZOO",
+)  # fmt: skip
+PRINTS = WORDS + tuple(str(number) for number in range(10, 100))
+PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of the picture
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 MAX_THINGS = 5
+
+
+class Keyed(Protocol):
+    """A scene or a clip: equal keys, equal content."""
+
+    key: str
+
+
+Content = TypeVar("Content", bound=Keyed)
 
 HELD_OUT = range(2_000)
 VALIDATION = range(1_000_000, 1_000_500)
@@ -58,7 +75,11 @@ TRAIN_START = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape. `place` counts 0..8 in reading order; `shift` is in widths of a place."""
+    """One shape. `place` counts 0..8 in reading order; `shift` is in widths of a place.
+
+    On a large shape there may be a `label`, one of LABELS as large as fits, or a `print`, one of
+    PRINTS in a size that is lost where the whole picture is squeezed into 112 pixels.
+    """
 
     shape: str
     colour: str
@@ -69,6 +90,7 @@ class Thing:
     scale: float = 1.0
     angle: float = 0.0
     tint: tuple[int, int, int] = (0, 0, 0)
+    print: str = ""
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES or self.colour not in COLOURS or self.size not in RADII:
@@ -77,6 +99,8 @@ class Thing:
             raise ValueError(f"place {self.place} is not one of 0..{len(PLACES) - 1}")
         if self.label and (self.label not in LABELS or self.size != "large"):
             raise ValueError(f"label {self.label!r} needs a large shape and one of {LABELS}")
+        if self.print and (self.print not in PRINTS or self.size != "large" or self.label):
+            raise ValueError(f"print {self.print!r} needs a large shape with nothing else on it")
 
     @property
     def row(self) -> int:
@@ -98,7 +122,8 @@ class Scene:
     """One to five things in reading order, and how the picture of them looks.
 
     `corners` are the background colours of the four corners, `gain` is the brightness and `noise`
-    the standard deviation of the grain, in grey levels of 255.
+    the standard deviation of the grain, in grey levels of 255. `size` is that of the picture in
+    pixels, (width, height), unless it is drawn at another one.
     """
 
     things: tuple[Thing, ...]
@@ -106,6 +131,7 @@ class Scene:
     gain: float = 1.0
     noise: float = 0.0
     noise_seed: int = 0
+    size: tuple[int, int] = (112, 112)
 
     def __post_init__(self) -> None:
         places = [thing.place for thing in self.things]
@@ -117,7 +143,10 @@ class Scene:
     @property
     def key(self) -> str:
         """Hash of what is where; looks (jitter, background, grain) do not change it."""
-        content = [(t.shape, t.colour, t.size, t.place, t.label) for t in self.things]
+        content = [
+            (t.shape, t.colour, t.size, t.place, t.label, *([t.print] if t.print else []))
+            for t in self.things
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict:
@@ -131,7 +160,8 @@ class Scene:
             for t in data["things"]
         )
         corners = tuple(tuple(c) for c in data["corners"])
-        return cls(**{**data, "things": tuple(things), "corners": corners})
+        size = tuple(data["size"])
+        return cls(**{**data, "things": tuple(things), "corners": corners, "size": size})
 
 
 # --------------------------------------------------------------------------- making scenes
@@ -152,6 +182,42 @@ def random_scene(seed: int, label_share: float = 0.4) -> Scene:
         gain=rng.uniform(0.88, 1.06),
         noise=rng.choice((0.0, rng.uniform(0, 7))),
         noise_seed=rng.randrange(2**31),
+    )
+
+
+FORMATS = {
+    "square": (range(9), 1.0),
+    "wide": ((0, 1, 2, 6, 7, 8), 2 / 3),
+    "tall": ((0, 2, 3, 5, 6, 8), 3 / 2),
+}
+"""Of pictures with small print: the places that are used, and height / width. A wide picture is cut
+into two rows of tiles, a tall one into two columns; what lay on the cut could not be read."""
+
+
+def detail_scene(seed: int) -> Scene:
+    """The scene with small print of this seed: large pictures, square, wide or tall."""
+    rng = random.Random(f"small print {seed}")
+    count = rng.choices(range(2, MAX_THINGS + 1), weights=(2, 3, 3, 2))[0]
+    places, aspect = FORMATS[rng.choice(("square", "square", "wide", "tall"))]
+    prints = rng.sample(WORDS, count), rng.sample(PRINTS[len(WORDS) :], count)
+    things: list[Thing] = []
+    for place, *choices in zip(sorted(rng.sample(places, count)), *prints, strict=True):
+        thing = _random_thing(rng, place, "", 0.0, things)
+        printed = thing.size == "large" or rng.random() < 0.5
+        what = rng.choice(choices)
+        small_shift = (thing.shift[0] / 4, thing.shift[1] / 4)
+        large = replace(thing, size="large", print=what, shift=small_shift)
+        things.append(large if printed else thing)
+    longer = rng.randint(300, 372)
+    ratio = aspect * rng.uniform(0.95, 1.05)
+    size = (longer, longer * ratio) if ratio < 1 else (longer / ratio, longer)
+    return Scene(
+        things=tuple(things),
+        corners=_random_background(rng),
+        gain=rng.uniform(0.88, 1.06),
+        noise=rng.choice((0.0, rng.uniform(0, 5))),
+        noise_seed=rng.randrange(2**31),
+        size=(round(size[0]), round(size[1])),
     )
 
 
@@ -195,25 +261,39 @@ def _random_background(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
 @cache
 def reserved_keys() -> frozenset[str]:
     """Keys of all held-out and validation scenes: no model may train on these."""
-    return frozenset(random_scene(s).key for seeds in (HELD_OUT, VALIDATION) for s in seeds)
+    seeds = (*HELD_OUT, *VALIDATION)
+    return frozenset(make(seed).key for make in (random_scene, detail_scene) for seed in seeds)
 
 
 def train_scene(index: int, label_share: float = 0.6) -> Scene:
     """Scene number `index` of the training stream, never one of the reserved ones."""
+    return unreserved(index, lambda seed: random_scene(seed, label_share), reserved_keys())
+
+
+def train_detail_scene(index: int) -> Scene:
+    """Scene with small print number `index` of the training stream, never a reserved one."""
+    return unreserved(index, detail_scene, reserved_keys())
+
+
+def unreserved(index: int, make: Callable[[int], Content], reserved: frozenset[str]) -> Content:
+    """Number `index` of what `make` makes of the training seeds, past all reserved keys."""
     if index < 0:
         raise ValueError(f"the training stream starts at 0, not {index}")
     for attempt in range(100):
-        scene = random_scene(TRAIN_START + 100 * index + attempt, label_share)
-        if scene.key not in reserved_keys():
-            return scene
+        content = make(TRAIN_START + 100 * index + attempt)
+        if content.key not in reserved:
+            return content
     raise RuntimeError(f"training scene {index}: a hundred seeds in a row are reserved")
 
 
 # -------------------------------------------------------------------------- drawing scenes
 
 
-def draw(scene: Scene, size: int | tuple[int, int] = 112, supersample: int = 3) -> Image.Image:
-    """The picture of a scene at any size in pixels: a side, or (width, height)."""
+def draw(
+    scene: Scene, size: int | tuple[int, int] | None = None, supersample: int = 3
+) -> Image.Image:
+    """The picture of a scene at any size in pixels, a side or (width, height); None is its own."""
+    size = scene.size if size is None else size
     width, height = (size, size) if isinstance(size, int) else size
     big = (width * supersample, height * supersample)
     canvas = Image.new("RGB", (2, 2))
@@ -240,9 +320,10 @@ def _draw_thing(brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int
         brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     else:
         brush.polygon(_corners(thing.shape, x, y, radius, math.radians(thing.angle)), fill=fill)
-    if thing.label:
+    if text := thing.label or thing.print:
         ink = "black" if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 127 else "white"
-        brush.text((x, y), thing.label, fill=ink, font=_font(round(1.1 * radius)), anchor="mm")
+        size = 1.1 * radius if thing.label else PRINT_HEIGHT * max(canvas_size)
+        brush.text((x, y), text, fill=ink, font=_font(round(size)), anchor="mm")
 
 
 def _corners(
@@ -331,7 +412,7 @@ CAPTION_PROMPTS = (
 )
 
 
-def _there_are(count: int, noun: str) -> str:
+def there_are(count: int, noun: str) -> str:
     return f"There is one {noun}." if count == 1 else f"There are {NUMBERS[count]} {noun}s."
 
 
@@ -341,20 +422,20 @@ def _how_many(noun: str, rng: random.Random) -> str:
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Pair:
-    return _how_many("shape", rng), _there_are(len(scene.things), "shape")
+    return _how_many("shape", rng), there_are(len(scene.things), "shape")
 
 
 def _ask_count_shape(scene: Scene, rng: random.Random) -> Pair:
     """Four times in five about a shape that is there."""
     there = [thing.shape for thing in scene.things]
     shape = rng.choice(there) if rng.random() < 0.8 else rng.choice(SHAPES)
-    return _how_many(shape, rng), _there_are(there.count(shape), shape)
+    return _how_many(shape, rng), there_are(there.count(shape), shape)
 
 
 def _ask_count_colour(scene: Scene, rng: random.Random) -> Pair:
     there = [thing.colour for thing in scene.things]
     colour = rng.choice(there) if rng.random() < 0.8 else rng.choice(tuple(COLOURS))
-    return _how_many(f"{colour} shape", rng), _there_are(there.count(colour), f"{colour} shape")
+    return _how_many(f"{colour} shape", rng), there_are(there.count(colour), f"{colour} shape")
 
 
 def references(scene: Scene, thing: Thing) -> list[str]:
@@ -476,7 +557,9 @@ def _sign(label: str) -> str:
 def _ask_read(scene: Scene, rng: random.Random) -> Pair:
     """What a shape is marked with; `Nothing.` where it carries no label."""
     labelled = rng.random() < 0.85
-    thing = _pick(scene, rng, lambda t: bool(t.label) == labelled and t.size == "large")
+    thing = _pick(
+        scene, rng, lambda t: bool(t.label) == labelled and t.size == "large" and not t.print
+    )
     if thing is None:
         return None
     forms = ["What is written on the {the}?"]
@@ -494,6 +577,31 @@ def _ask_find(scene: Scene, rng: random.Random) -> Pair:
     thing = rng.choice(labelled)
     question = rng.choice((f"Which shape carries the {_sign(thing.label)}?",
                            f"Which shape is marked {thing.label}?"))  # fmt: skip
+    return question, f"The {thing.size} {thing.colour} {thing.shape}."
+
+
+def _printed(text: str) -> str:
+    return f"number {text}" if text.isdigit() else f"word {text}"
+
+
+def _ask_read_print(scene: Scene, rng: random.Random) -> Pair:
+    """What small print a shape carries."""
+    thing = _pick(scene, rng, lambda t: bool(t.print))
+    if thing is None:
+        return None
+    what = _printed(thing.print)
+    forms = (f"What {what.split()[0]} is on the {{the}}?", "What is printed on the {the}?")
+    return rng.choice(forms).format(the=_the(scene, thing, rng)), f"The {what}."
+
+
+def _ask_find_print(scene: Scene, rng: random.Random) -> Pair:
+    """Which shape carries a word or number; each occurs once in a scene."""
+    printed = [thing for thing in scene.things if thing.print]
+    if not printed:
+        return None
+    thing = rng.choice(printed)
+    verb = rng.choice(("carries", "has"))
+    question = f"Which shape {verb} the {_printed(thing.print)}?"
     return question, f"The {thing.size} {thing.colour} {thing.shape}."
 
 
@@ -517,6 +625,8 @@ KINDS: dict[str, Callable[[Scene, random.Random], Pair]] = {
     "exist": _ask_exist,
     "read_label": _ask_read,
     "find_label": _ask_find,
+    "read_print": _ask_read_print,
+    "find_print": _ask_find_print,
 }
 
 
