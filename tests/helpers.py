@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
@@ -99,6 +102,43 @@ def tiny_processor() -> vlmlib.ImageProcessor:
 def tiny_llava(name: str = "tokenizer_bos", seed: int = 0, **changes) -> vlmlib.Llava:
     tokenizer = fresh_tokenizer(name)
     return vlmlib.Llava(tiny_net(tokenizer, seed, **changes), tokenizer, tiny_processor())
+
+
+NEXT_TILE = 28
+PINPOINTS = [[28, 56], [56, 56], [84, 28], [28, 84]]  # (height, width); not the same the other way
+
+
+def tiny_llava_next(seed: int = 0, **vision_changes) -> vlmlib.LlavaNext:
+    """A random LLaVA-1.6 with tiles of 4 x 4 patches."""
+    tokenizer = fresh_tokenizer()
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+    vision = {"image_size": NEXT_TILE, "patch_size": 7, "num_hidden_layers": 3}
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+            | vision
+            | vision_changes
+        ),
+        text_config=LlamaConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            vocab_size=len(tokenizer),
+            bos_token_id=1,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        image_grid_pinpoints=PINPOINTS,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    net = wild_net(LlavaNextForConditionalGeneration, config, seed)
+    net.generation_config.eos_token_id = tokenizer.eos_token_id
+    net.generation_config.pad_token_id = tokenizer.eos_token_id
+    return vlmlib.LlavaNext(net, tokenizer, tiny_processor())
 
 
 def pixels(n: int = 1, seed: int = 0) -> torch.Tensor:

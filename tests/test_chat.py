@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import noise, tiny_llava
+from helpers import noise, tiny_llava, tiny_llava_next
 
 from vlmlib import Chat, ContextLengthError, PlaceholderError
 
@@ -18,9 +18,12 @@ ROOM = {"max_position_embeddings": 512}
 OPTIONS = {"n_predict": 9, "trace": 0, "stream_interval": 100}
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+@pytest.fixture(scope="module", params=["llava-0", "llava-1", "llava_next-0"])
 def model(request):
-    return tiny_llava(seed=request.param, **ROOM)
+    name, seed = request.param.split("-")
+    if name == "llava":
+        return tiny_llava(seed=int(seed), **ROOM)
+    return tiny_llava_next(int(seed))
 
 
 def talk(chat, turns=TURNS):
@@ -68,7 +71,8 @@ def test_an_edited_turn_is_read_again(model):
     ((ids, timing),) = talk(chat, TURNS[2:3])
     ((expected, _),) = talk(fresh, TURNS[2:3])
     assert ids == expected
-    assert 0 < timing["reused_tokens"] < 20
+    first = model.turn(model.chat_prompt(TURNS[0]), model.prepare(TURNS[0][:1]))
+    assert 0 < timing["reused_tokens"] < first.prompt_tokens
 
 
 def test_a_picture_that_was_painted_over_is_read_again(model):
@@ -81,6 +85,28 @@ def test_a_picture_that_was_painted_over_is_read_again(model):
     ((ids, timing),) = talk(chat, [["and this?"]])
     assert ids == talk(fresh, [["and this?"]])[0][0]
     assert timing["reused_tokens"] <= 8  # what stands before the picture
+
+
+def test_an_edited_answer_is_read_again(model):
+    chat = Chat(model)
+    talk(chat, TURNS[:2])
+    chat.messages[1] = ("assistant", ("a red circle",))
+    fresh = Chat(model)
+    fresh.messages = list(chat.messages)
+    ((ids, timing),) = talk(chat, TURNS[2:3])
+    ((expected, whole),) = talk(fresh, TURNS[2:3])
+    assert ids == expected
+    prompt, media = model.conversation_prompt(chat.messages[:1]), model.prepare(TURNS[0][:1])
+    assert timing["reused_tokens"] == model.turn(prompt, media).prompt_tokens
+
+
+def test_a_deleted_turn_is_forgotten(model):
+    chat = Chat(model)
+    talk(chat, TURNS[:3])
+    del chat.messages[2:4]
+    fresh = Chat(model)
+    fresh.messages = list(chat.messages)
+    assert talk(chat, TURNS[3:4])[0][0] == talk(fresh, TURNS[3:4])[0][0]
 
 
 def test_a_closed_stream_leaves_its_answer_so_far(model):

@@ -7,7 +7,7 @@ import torch
 from helpers import expanded_ids, pixels, tiny_llava
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmlib import PlaceholderError, ShapeError
+from vlmlib import ContextLengthError, PlaceholderError, ShapeError
 
 PROMPTS = ["<image>\nwhat is this? ASSISTANT:", "USER: <image> a red circle", "two blue squares"]
 
@@ -69,3 +69,10 @@ def test_wrong_numbers_are_named(model):
         model.generate(ids, images=pixels(2))
     with pytest.raises(ShapeError, match="2 pictures, but 1 image_sizes"):
         model.generate(ids, images=pixels(2), image_sizes=[(28, 28)])
+
+
+@pytest.mark.parametrize("prompt", ["<image> " + "too long " * 60, "too long " * 60])
+def test_a_prompt_beyond_the_context_is_refused(model, prompt):
+    ids = torch.tensor([model.prompt_ids(prompt)])
+    with pytest.raises(ContextLengthError, match="model_max_length is 96"):
+        model.generate(ids, images=pixels(1) if "<image>" in prompt else None)

@@ -2,76 +2,44 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import CHAT_TEMPLATE, GOLDEN, ids_of, noise, tiny_processor, wild_net
-from tokenizers import AddedToken
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedTokenizerFast,
+from helpers import (
+    NEXT_TILE,
+    PINPOINTS,
+    ids_of,
+    noise,
+    tiny_llava_next,
+    tiny_processor,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
 import vlmlib
+from vlmlib import tiling
+from vlmlib.llava import process_images
 
-TILE = 28
-PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]  # (height, width)
 SIZES = [(28, 28), (64, 48), (48, 64), (90, 30), (30, 90), (200, 7), (7, 200), (57, 56), (1, 90)]
 SLIVERS = [(200, 7), (7, 200), (1, 90)]
+SEVERAL = [[(64, 48)], [(30, 90)], [(90, 30)], [(28, 28), (90, 30)]]
+HALF = (0.5, 0.5, 0.5)
 GREEDY = vlmlib.GenParams.greedy(n_predict=12)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(GOLDEN / "tokenizer_bos")
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=TILE,
-            patch_size=7,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            vocab_size=len(tokenizer),
-            bos_token_id=1,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_grid_pinpoints=PINPOINTS,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    net = wild_net(LlavaNextForConditionalGeneration, config, 0)
-    net.generation_config.eos_token_id = tokenizer.eos_token_id
-    return vlmlib.LlavaNext(net, tokenizer, tiny_processor())
+def model():
+    return tiny_llava_next()
 
 
 @pytest.fixture(scope="module")
 def processor():
     ours = tiny_processor()
     return LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
+        size={"shortest_edge": NEXT_TILE},
+        crop_size={"height": NEXT_TILE, "width": NEXT_TILE},
         image_grid_pinpoints=PINPOINTS,
         image_mean=list(ours.image_mean),
         image_std=list(ours.image_std),
@@ -118,7 +86,7 @@ def test_length_is_known_before_encoding(model, size):
         assert len(model.encode(medium)) == medium.length
 
 
-@pytest.mark.parametrize("sizes", [[(64, 48)], [(30, 90)], [(28, 28), (90, 30)]])
+@pytest.mark.parametrize("sizes", SEVERAL)
 def test_logits_and_greedy_ids_are_those_of_transformers(model, processor, sizes):
     images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
     prompt = "<image>" * len(images) + "\nwhat is this? ASSISTANT:"
@@ -136,4 +104,103 @@ def test_logits_and_greedy_ids_are_those_of_transformers(model, processor, sizes
 
 def test_pixel_values_alone_do_not_tell_the_size(model):
     with pytest.raises(TypeError, match="picture's size"):
-        model.turn("<image>", torch.zeros(1, 3, TILE, TILE))
+        model.turn("<image>", torch.zeros(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("sizes", SEVERAL)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_generate_from_processed_images(model, processor, sizes, options):
+    """LLaVA's own path, process_images and generate with image_sizes, gives transformers' ids."""
+    images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    prompt = "<image>" * len(images) + "\nwhat is this? ASSISTANT:"
+    pixels = process_images(images, model.image_processor, model.config)
+    inputs = reference_inputs(model, processor, prompt, images)
+    torch.manual_seed(1)
+    ours = model.generate(
+        torch.tensor([model.prompt_ids(prompt)]),
+        images=pixels,
+        image_sizes=sizes,
+        max_new_tokens=10,
+        **options,
+    )
+    torch.manual_seed(1)
+    theirs = model.net.generate(**inputs, max_new_tokens=10, **options)
+    assert ours[0].tolist() == theirs[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_sampled_ids_are_those_of_transformers(model, processor):
+    images, prompt = [noise(64, 48), noise(90, 30)], "<image> and <image>\nwhat? ASSISTANT:"
+    inputs = reference_inputs(model, processor, prompt, images)
+    torch.manual_seed(5)
+    options = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.0}
+    theirs = model.net.generate(**inputs, do_sample=True, max_new_tokens=12, **options)
+    params = vlmlib.GenParams(
+        temp=0.9, top_k=40, top_p=0.9, repeat_penalty=1.0, seed=5, order="hf", n_predict=12
+    )
+    stream = model.stream_prompt(prompt, model.prepare(images), params, trace=0)
+    assert ids_of(stream) == theirs[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_tiles_of_another_size_are_refused(model):
+    (tiles,) = process_images([noise(64, 48)], model.image_processor, model.config)
+    for pixels, size in [(tiles[:1], (64, 48)), (tiles, (28, 28)), (tiles[0], (64, 48))]:
+        with pytest.raises(vlmlib.ShapeError, match="prepare_images makes them"):
+            model.sized(pixels, size)
+
+
+def test_anyres_of_both_flavours(model):
+    """The original configuration lists (width, height), transformers' (height, width)."""
+    original = SimpleNamespace(
+        image_aspect_ratio="anyres", image_grid_pinpoints=[(w, h) for h, w in PINPOINTS]
+    )
+    images = [noise(56, 28), noise(28, 56)]
+    ours = process_images(images, model.image_processor, original)
+    theirs = process_images(images, model.image_processor, model.config)
+    assert [len(tiles) for tiles in ours] == [3, 4]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_flavour_of_the_checkpoint_decides_the_rounding():
+    """One of the sizes for which int() and rounding to seven places differ."""
+    model = tiny_llava_next(image_size=336, patch_size=14, num_hidden_layers=1)
+    model.config.image_grid_pinpoints = [[height, width] for width, height in tiling.PINPOINTS]
+    model.config.vision_feature_layer = -1
+    model.image_processor = vlmlib.ImageProcessor(336, 336, 336, HALF, HALF)
+    (medium,) = model.prepare([noise(88, 55)])
+    with torch.inference_mode():
+        assert len(model.encode(medium)) == medium.length
+    original = vlmlib.anyres_tokens(88, 55, model.pinpoints)
+    assert medium.length == vlmlib.anyres_tokens(88, 55, model.pinpoints, rounding="hf") != original
+
+
+def test_it_loads_from_its_folder(model, processor, tmp_path):
+    model.net.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = vlmlib.load(tmp_path, device="cpu")
+    assert type(loaded) is vlmlib.LlavaNext
+    image = noise(64, 48)
+    answers = [vlmlib.answer(m, [image, "what is this?"], n_predict=12) for m in (model, loaded)]
+    assert answers[0] == answers[1] != ""
+
+
+def test_the_same_pixels_of_another_size_are_another_picture(model):
+    """What is unpadded differs, so nothing behind the picture may be kept."""
+    (tiles,) = process_images([noise(60, 50)], model.image_processor, model.config)
+    one, other = model.sized(tiles, (60, 50)), model.sized(tiles, (50, 50))
+    cache = model.new_cache()
+    prompt = "what? <image> this"
+    first = model.turn(prompt, [one], cache=cache)
+    first.prefill()
+    second = model.turn(prompt, [other], cache=cache, start_pos=len(cache))
+    assert second.reused_tokens <= len(model.prompt_ids(prompt)) - 2
+    fresh = model.turn(prompt, [other]).prefill()
+    assert (second.prefill() - fresh).abs().max() < 1e-4

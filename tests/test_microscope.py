@@ -5,10 +5,8 @@ from __future__ import annotations
 import nvila_helpers
 import pytest
 import torch
-from helpers import noise, pixels, tiny_llava, tiny_processor
+from helpers import noise, pixels, tiny_llava, tiny_llava_next, tiny_processor
 from test_internvl import internvl_net, internvl_tokenizer
-from test_llava_next import model as next_model  # noqa: F401
-from test_llava_next import tokenizer  # noqa: F401
 
 from vlmlib import IMAGE_TOKEN_INDEX, ImageProcessor, InternVL, ShapeError, Video
 from vlmlib.fusion import fuse
@@ -202,10 +200,11 @@ def test_pixels_alone_do_not_tell_what_they_show(model):
 
 
 @pytest.mark.parametrize("size", [(28, 28), (64, 48), (48, 64), (90, 30), (200, 7)])
-def test_boxes_of_tiles_cover_the_picture_twice(next_model, size):  # noqa: F811
+def test_boxes_of_tiles_cover_the_picture_twice(size):
     """Once by the whole picture, once by its tiles; newlines have none."""
-    (medium,) = next_model.prepare([noise(*size)])
-    boxes = next_model.boxes(medium)
+    model = tiny_llava_next()
+    (medium,) = model.prepare([noise(*size)])
+    boxes = model.boxes(medium)
     assert boxes.shape == (medium.length, 4)
     patches = boxes[~boxes.isnan().any(1)]
     area = (patches[:, 2] - patches[:, 0]) * (patches[:, 3] - patches[:, 1])

@@ -102,8 +102,9 @@ def prepare_inputs_labels_for_multimodal(
 
     (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)
 
-    model           has embed((n,) ids) -> (n, d) and encode_images(images) -> one (n_i, d) tensor a
-                    picture; `image_sizes` is passed on to it if given
+    model           has embed((n,) ids) -> (n, d), or, by LLaVA's name, `embed_tokens` on it or on
+                    its get_model(); and encode_images(images) -> one (n_i, d) tensor a picture,
+                    which also gets `image_sizes` if given
     attention_mask  (b, n), 0 where `input_ids` is padding, which is dropped; pictures are in the
                     order of the batch's placeholders
     labels          (b, n), becomes (b, n'), IGNORE_INDEX for pictures and padding
@@ -124,9 +125,10 @@ def prepare_inputs_labels_for_multimodal(
     rows = _without_padding(input_ids, mask, "input_ids")
     row_labels = rows if labels is None else _without_padding(labels, mask, "labels")
     groups = _encode(model, images, image_sizes, rows)
-    embeds = [fuse(r.tolist(), g, model.embed)[0] for r, g in zip(rows, groups, strict=True)]
+    embed = _embedding_of(model)
+    embeds = [fuse(r.tolist(), g, embed)[0] for r, g in zip(rows, groups, strict=True)]
     targets = [_fuse_labels(*row) for row in zip(rows, row_labels, groups, strict=True)]
-    _check_lengths([len(e) for e in embeds], None if truncate else model_max_length)
+    check_lengths([len(e) for e in embeds], None if truncate else model_max_length)
     embeds, targets = ([x[:model_max_length] for x in xs] for xs in (embeds, targets))
     spans = [torch.arange(len(e), device=input_ids.device) for e in embeds]
     pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
@@ -141,6 +143,12 @@ def prepare_inputs_labels_for_multimodal(
         pad(embeds),
         None if labels is None else pad(targets, padding_value=IGNORE_INDEX),
     )
+
+
+def _embedding_of(model) -> Callable[[Tensor], Tensor]:
+    if hasattr(model, "embed"):
+        return model.embed
+    return getattr(model, "embed_tokens", None) or model.get_model().embed_tokens
 
 
 def _without_padding(x: Tensor, mask: Tensor, name: str) -> list[Tensor]:
@@ -167,7 +175,8 @@ def _fuse_labels(row: Tensor, labels: Tensor, features: Sequence[Tensor]) -> Ten
     return fuse(row.tolist(), ignored, lambda _: text[:, None])[0, :, 0]
 
 
-def _check_lengths(lengths: list[int], limit: int | None) -> None:
+def check_lengths(lengths: list[int], limit: int | None) -> None:
+    """Raises ContextLengthError that names the lengths if one of them exceeds the limit."""
     if limit is not None and max(lengths) > limit:
         raise ContextLengthError(
             f"with their pictures the prompts take {lengths} positions, but model_max_length is "

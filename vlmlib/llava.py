@@ -37,6 +37,7 @@ from .tiling import (
     anyres_boxes,
     anyres_tiles,
     anyres_tokens,
+    get_anyres_image_grid_shape,
     merge_anyres,
     patch_boxes,
 )
@@ -53,6 +54,8 @@ class Llava(VisionLanguageModel):
 
     family = "llava"
     net: LlavaForConditionalGeneration
+
+    prepare_inputs_labels_for_multimodal = prepare_inputs_labels_for_multimodal
 
     def prepare_images(self, images: Sequence[ImageSource]) -> Tensor | list[Tensor]:
         """Pictures -> (b, 3, h, w) as the checkpoint's preprocessing says."""
@@ -93,10 +96,12 @@ class Llava(VisionLanguageModel):
     def encode(self, medium: Medium) -> Tensor:
         return self.patch_features(medium.pixels).flatten(0, 1)
 
-    def encode_images(self, images: Media, image_sizes: Sequence[Size] | None = None):
+    def encode_images(
+        self, images: Media, image_sizes: Sequence[Size] | None = None
+    ) -> list[Tensor]:
         """Pixel values of pictures -> one (n_i, d) tensor each; sizes are (width, height)."""
         if image_sizes is None:
-            return [self.encode(m) for m in self.as_media(images)]
+            return super().encode_images(images)
         if len(images) != len(image_sizes):
             raise ShapeError(f"{len(images)} pictures, but {len(image_sizes)} image_sizes")
         return [self.encode(self.sized(*x)) for x in zip(images, image_sizes, strict=True)]
@@ -104,30 +109,6 @@ class Llava(VisionLanguageModel):
     def sized(self, pixels: Tensor, size: Size) -> Medium:
         """(3, h, w) or (t, 3, h, w) of a picture that was `size` (width, height) -> a medium."""
         return self.medium(pixels if pixels.dim() == 4 else pixels[None])
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        input_ids: Tensor,
-        images: Media = None,
-        image_sizes: Sequence[Size] | None = None,
-        attention_mask: Tensor | None = None,
-        **options,
-    ) -> Tensor:
-        """transformers' own generation from (b, n) ids with IMAGE_TOKEN_INDEX for each picture.
-
-        `options` are those of transformers' `generate`: do_sample, temperature, top_p, num_beams,
-        max_new_tokens, use_cache, ... A batch of unequal prompts is padded anywhere and masked by
-        `attention_mask` (b, n); it is padded on the left before decoding. Returns (b, n') new ids.
-        Source: LLaVA:llava/model/language_model/llava_llama.py.
-        """
-        ids = input_ids.to(self.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
-        _, _, mask, _, embeds, _ = prepare_inputs_labels_for_multimodal(
-            self, ids, None, mask, None, None, images, image_sizes, padding_side="left"
-        )
-        embeds = self.embed(ids) if embeds is None else embeds
-        return self.net.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
@@ -143,15 +124,19 @@ class LlavaNext(Llava):
         return pinpoints(self.config)
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
-        return [self._anyres(load_image(source)) for source in sources]
-
-    def _anyres(self, image: Image.Image) -> Medium:
-        tiles = anyres_tiles(image, self.pinpoints, self.config.vision_config.image_size)
-        pixels = torch.stack([self.image_processor.pixels(tile) for tile in tiles])
-        return self.sized(pixels, image.size)
+        pictures = [load_image(source) for source in sources]
+        tiles = self.prepare_images(pictures)
+        return [self.sized(t, p.size) for t, p in zip(tiles, pictures, strict=True)]
 
     def sized(self, pixels: Tensor, size: Size) -> Medium:
+        """As `Llava.sized`. Raises ShapeError if these are not the tiles of such a picture."""
         vision = self.config.vision_config
+        cols, rows = get_anyres_image_grid_shape(size, self.pinpoints, vision.image_size)
+        if pixels.dim() != 4 or len(pixels) != 1 + rows * cols:
+            raise ShapeError(
+                f"a picture of {size[0]} x {size[1]} has 1 + {rows} x {cols} tiles, got pixels "
+                f"{tuple(pixels.shape)}: prepare_images makes them"
+            )
         grid = (self.pinpoints, vision.image_size, vision.patch_size)
         return Medium(pixels, anyres_tokens(*size, *grid, rounding="hf"), size=tuple(size))
 
@@ -184,11 +169,13 @@ def process_images(
     None, "square"  the processor alone: scale the shorter side, crop the centre (sides are lost)
     "pad"           first centre the whole picture on a square of the mean colour (LLaVA-1.5)
     "anyres"        tiles, by `model_cfg.image_grid_pinpoints` (width, height) (LLaVA-1.6): one
-                    (t, 3, h, w) for each picture, in one tensor if all have as many tiles
+                    (t, 3, h, w) for each picture, in one tensor if all have as many tiles; also
+                    for transformers' LlavaNextConfig, which lists (height, width)
 
     Source: LLaVA:llava/mm_utils.py.
     """
-    mode = getattr(model_cfg, "image_aspect_ratio", None)
+    is_next = getattr(model_cfg, "model_type", None) == "llava_next"
+    mode = "anyres" if is_next else getattr(model_cfg, "image_aspect_ratio", None)
     if mode not in (None, "square", "pad", "anyres"):
         raise ValueError(
             f"image_aspect_ratio must be None, 'square', 'pad' or 'anyres', got {mode!r}"
@@ -200,8 +187,9 @@ def process_images(
     if mode != "anyres":
         return torch.cat([_pixels([p], image_processor) for p in pictures])
     tile = image_processor.crop_size["height"]
-    pinpoints = [tuple(p) for p in model_cfg.image_grid_pinpoints]
-    tiled = [_pixels(anyres_tiles(p, pinpoints, tile), image_processor) for p in pictures]
+    sizes = pinpoints(model_cfg) if is_next else map(tuple, model_cfg.image_grid_pinpoints)
+    sizes = list(sizes)
+    tiled = [_pixels(anyres_tiles(p, sizes, tile), image_processor) for p in pictures]
     return torch.stack(tiled) if len({len(t) for t in tiled}) == 1 else tiled
 
 

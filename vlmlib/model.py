@@ -17,7 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .cache import KVCache
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
-from .fusion import fuse, positions, split_at
+from .fusion import (
+    check_lengths,
+    fuse,
+    positions,
+    prepare_inputs_labels_for_multimodal,
+    split_at,
+)
 from .images import ImageSource
 from .media import Medium, Video
 from .sampling import GenParams
@@ -235,6 +241,49 @@ class VisionLanguageModel(ABC):
     def read(self, prompt: str, media: Media) -> tuple[list[int], list[Medium]]:
         """Ids of the whole prompt, and its media in the order of their placeholders."""
         return self.prompt_ids(prompt), self.as_media(media)
+
+    def encode_images(self, images: Media) -> list[Tensor]:
+        """Media or their pixel values -> one (n_i, d) tensor each."""
+        return [self.encode(m) for m in self.as_media(images)]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        images: Media = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        attention_mask: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """transformers' own generation from (b, n) ids with IMAGE_TOKEN_INDEX for each medium.
+
+        images          media or pixel values, see `as_media`; in the order of their placeholders
+        image_sizes     (width, height) of each picture, where its pixels do not tell its layout
+
+        `options` are those of transformers' `generate`: do_sample, temperature, top_p, num_beams,
+        max_new_tokens, use_cache, ... A batch of unequal prompts is padded anywhere and masked by
+        `attention_mask` (b, n); it is padded on the left before decoding. Returns (b, n') new ids.
+        Raises PlaceholderError, ShapeError, ContextLengthError.
+        Source: LLaVA:llava/model/language_model/llava_llama.py.
+        """
+        ids = input_ids.to(self.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        _, _, mask, _, embeds, _ = prepare_inputs_labels_for_multimodal(
+            self,
+            ids,
+            None,
+            mask,
+            None,
+            None,
+            images,
+            image_sizes,
+            padding_side="left",
+            model_max_length=self.context_len,
+        )
+        if embeds is None:  # no pictures
+            check_lengths([ids.shape[1]], self.context_len)
+            embeds = self.embed(ids)
+        return self.net.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
     def as_media(self, media: Media) -> list[Medium]:
         """Media as they are; of pixel values (b, 3, h, w), or a list of (3, h, w) or (t, 3, h, w),

@@ -28,6 +28,14 @@ GREEDY_BELOW_TOP_P = 1e-8
 ORDERS = ("tinychat", "hf")
 
 
+UNUSED = (
+    "n_threads", "n_parts", "n_ctx", "n_batch", "n_keep", "logit_bias", "tfs_z", "typical_p",
+    "repeat_last_n", "frequency_penalty", "presence_penalty", "mirostat", "mirostat_tau",
+    "mirostat_eta",
+)  # fmt: skip
+"""What TinyChat's own gen_params hold besides, and none of its generators reads."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenParams:
     """How to sample; names and defaults are TinyChat's.
@@ -38,7 +46,7 @@ class GenParams:
     top_k           keep this many best ids; 0 or less is off
     n_vocab         accepted for TinyChat's sake and not used: scores know their own size
     n_predict       at most this many new tokens
-    seed            same seed, same tokens; None draws a fresh one
+    seed            same seed, same tokens; None, or TinyChat's -1, draws a fresh one
     order           "tinychat": temperature, top-p, top-k; "hf": temperature, top-k, top-p
     stop            strings that end the answer and are not part of it
 
@@ -58,6 +66,8 @@ class GenParams:
     def __post_init__(self):
         _check_warpers(self.temp, self.repeat_penalty, self.top_p, self.top_k, self.order)
         _whole("n_predict", self.n_predict, at_least=0)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         if self.seed is not None:
             _whole("seed", self.seed, at_least=0, at_most=2**63 - 1)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -72,14 +82,18 @@ class GenParams:
 
     @classmethod
     def of(cls, gen_params: Any) -> GenParams:
-        """Read a GenParams, a mapping, or any object with some of these attributes."""
+        """Read a GenParams, a mapping, or any object with some of these attributes.
+
+        A mapping may also hold the parameters that TinyChat carries along and never uses; anything
+        else in it is an error.
+        """
         if isinstance(gen_params, cls):
             return gen_params
         names = [f.name for f in fields(cls)]
         if isinstance(gen_params, Mapping):
-            if unknown := sorted(map(str, set(gen_params) - set(names))):
+            if unknown := sorted(map(str, set(gen_params) - {*names, *UNUSED})):
                 raise GenParamsError(f"unknown parameters {unknown}, expected some of {names}")
-            return cls(**gen_params)
+            return cls(**{n: v for n, v in gen_params.items() if n in names})
         found = {n: getattr(gen_params, n) for n in names if hasattr(gen_params, n)}
         if not found:
             raise GenParamsError(
