@@ -151,6 +151,8 @@ REPORT = """() => {
   const nodes = s => [...window.seen.panel.node.querySelectorAll(s)];
   const code = window.seen.panel.content.widgets.filter(w => w.model.type === 'code');
   const outputs = code.flatMap(w => w.model.toJSON().outputs || []);
+  const inWords = i => i.closest('.jp-OutputArea-child')?.nextElementSibling
+    ?.querySelector('details')?.textContent.length > 30;
   return {
     unrun: code.filter(w => w.model.executionCount == null && w.model.toJSON().source.length)
       .length,
@@ -159,7 +161,8 @@ REPORT = """() => {
     unrendered: nodes('.jp-OutputArea-output').map(n => n.innerText)
       .filter(t => /Loading widget|Error displaying widget|Error creating widget/i.test(t)),
     broken: nodes('.jp-Cell img').filter(i => i.complete && !i.naturalWidth).map(i => i.alt),
-    silent: nodes('.jp-OutputArea-output img').filter(i => !i.alt).map(i => i.src.slice(0, 60)),
+    silent: nodes('.jp-OutputArea-output img').filter(i => !i.alt && !inWords(i))
+      .map(i => i.src.slice(0, 60)),
     cut: nodes('.widget-label').filter(n => n.scrollWidth > n.clientWidth + 1 && n.clientWidth)
       .map(n => n.textContent),
     panels: nodes('.jp-OutputArea-output button').filter(b => b.innerText.trim() === 'Stream')

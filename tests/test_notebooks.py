@@ -5,6 +5,7 @@ That the saved outputs are what the cells give is nbval's part: `make test` runs
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
@@ -18,6 +19,10 @@ UNANSWERED = "not answered yet"
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 IMG = re.compile(r"<img[^>]*>")
+CAPTION = re.compile(
+    r"<p><em>(.{15,})</em></p><details><summary>Picture in words</summary>(.{15,})</details>"
+)
+MINUTES = re.compile(r"(\d+) minutes?(?:\.\*|\)\*)")  # behind an objective or an exercise's title
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
@@ -71,18 +76,26 @@ def test_saved_outputs_are_complete_and_clean(notebook):
 
 
 def test_every_picture_has_alt_text_and_every_figure_a_caption(notebook):
+    """Every picture is a PNG output, followed by its caption, a sentence, and its alt text."""
     pictures = 0
     for text in [*output_texts(notebook), *(c.source for c in notebook.cells)]:
-        for img in IMG.findall(text):
-            pictures += 1
-            assert re.search(r'alt="[^"]{10,}"', img), img[:200]
-        assert "![](" not in text
-        if text.startswith("<figure>"):
-            assert re.search(r"<figcaption>[^<]{10,}</figcaption>", text)
+        assert not IMG.search(text) and "![](" not in text, "use vlmlib.figures.show"
     for cell in code_cells(notebook):
-        for output in cell.outputs:
-            assert "image/png" not in output.get("data", {}), "use vlmlib.figures.show"
+        for output, after in zip(cell.outputs, [*cell.outputs[1:], {}], strict=False):
+            if "image/png" in output.get("data", {}):
+                pictures += 1
+                assert len(output.metadata["image/png"]["alt"]) > 15
+                caption, words = CAPTION.fullmatch(after["data"]["text/html"]).groups()
+                assert caption[0].isupper() and caption.rstrip("”").endswith((".", "?", "!"))
+                assert html.unescape(words) == output.metadata["image/png"]["alt"]
     assert pictures
+
+
+def test_minutes_add_up(notebook):
+    """The card's time is that of all sections and exercises, to a fifth."""
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    parts = [int(m) for m in MINUTES.findall(text)]
+    assert abs(sum(parts) - notebook.metadata["vlmlib"]["minutes"]) <= 0.2 * sum(parts), parts
 
 
 def test_links_lead_somewhere(notebook):

@@ -122,7 +122,7 @@ IMPOSSIBLE = {
     "top_p": [NAN, INF, -0.01, 1.01, True, "0.9", None, HUGE],
     "top_k": [NAN, INF, 1.5, 50.0, True, "50", None],
     "n_predict": [NAN, INF, -1, 5.0, True, "5", None],
-    "seed": [NAN, -1, 1.5, True, "0", 2**63],
+    "seed": [NAN, -2, 1.5, True, "0", 2**63],
     "order": ["", "HF", None, 1],
     "stop": ["", [""], ("a", ""), 3, [1], None, {"a": 1}, b"x"],
 }
@@ -250,3 +250,30 @@ def test_bad_logits_are_counted(dtype):
 
 def test_minus_infinity_passes():
     check_finite(torch.tensor([[0.0, -INF, 1.0]]), step=0)
+
+
+TINYCHAT = {
+    "seed": -1, "n_threads": 1, "n_predict": 512, "n_parts": -1, "n_ctx": 512, "n_batch": 512,
+    "n_keep": 0, "n_vocab": 50272, "logit_bias": {}, "top_k": 40, "top_p": 0.95, "tfs_z": 1.0,
+    "typical_p": 1.0, "temp": 0.7, "repeat_penalty": 1.1, "repeat_last_n": 64,
+    "frequency_penalty": 0.0, "presence_penalty": 0.0, "mirostat": 0, "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [dict, lambda values: SimpleNamespace(**values)])
+def test_tinychats_own_parameters_are_read(make):
+    """As a dictionary with attributes or as an object; what it carries along is not used."""
+    params = GenParams.of(make(TINYCHAT))
+    assert params == GenParams(temp=0.7, top_k=40, n_vocab=50272) and params.seed is None
+    with pytest.raises(GenParamsError, match="unknown parameters \\['tempo'\\]"):
+        GenParams.of(TINYCHAT | {"tempo": 1})
+    with pytest.raises(GenParamsError, match="seed must be"):
+        GenParams(seed=-1)
+
+
+def test_what_is_not_said_is_greedy_in_the_short_calls():
+    assert GenParams.greedy_unless(None) == GenParams.greedy()
+    assert GenParams.greedy_unless({"temp": 0.7}) == GenParams.greedy(temp=0.7)
+    assert GenParams.greedy_unless({"temp": 0.7}, seed=1) == GenParams.greedy(temp=0.7, seed=1)
+    assert GenParams.greedy_unless(GenParams(), seed=1) == GenParams(seed=1)

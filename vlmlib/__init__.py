@@ -2,7 +2,7 @@
 
     model = vlmlib.load("tiny-llava")
     for chunk in vlmlib.stream(model, [image, "What is left of the red circle?"]):
-        print(chunk["delta"], end="")
+        print(chunk["delta"], end="", flush=True)
 
 Axes are named alike in every docstring:
 

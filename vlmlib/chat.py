@@ -7,7 +7,8 @@ can go stale: an edited turn or another picture differs, and everything behind i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .decoding import Chunk
 from .model import Part, VisionLanguageModel
@@ -21,7 +22,7 @@ class Chat:
 
         chat = Chat(model)
         for chunk in chat.ask([image, "How many shapes are there?"]):
-            print(chunk["delta"], end="")
+            print(chunk["delta"], end="", flush=True)
         for chunk in chat.ask("Where is the red one?"):
             ...
 
@@ -38,7 +39,7 @@ class Chat:
     def ask(
         self,
         parts: Sequence[Part] | str,
-        gen_params: GenParams | dict | None = None,
+        gen_params: GenParams | Mapping[str, Any] | None = None,
         *,
         stream_interval: int = 1,
         trace: int | None = None,
@@ -49,14 +50,14 @@ class Chat:
         The turn joins the conversation when its stream ends. A stream that is closed early leaves
         the answer as far as it came.
         """
-        params = GenParams.greedy() if gen_params is None else GenParams.of(gen_params)
+        params = GenParams.greedy_unless(gen_params, **changes)
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         messages = [*self.messages, ("user", parts)]
         pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
         chunks = self.model.stream_prompt(
             self.model.conversation_prompt(messages),
             self.model.prepare(pictures),
-            params.but(**changes),
+            params,
             start_pos=len(self.cache),
             chunk_prefilling=self.chunk_prefilling,
             cache=self.cache,

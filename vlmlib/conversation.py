@@ -31,6 +31,7 @@ class Conversation:
     messages: list[tuple[str, str | None]] = field(default_factory=list)
 
     def copy(self) -> Conversation:
+        """With a list of messages of its own."""
         return replace(self, messages=list(self.messages))
 
     def append_message(self, role: str, message: str | None) -> None:
@@ -45,6 +46,7 @@ class Conversation:
         return self.sep if self.style == "chatml" else self.sep2
 
     def get_prompt(self) -> str:
+        """All turns so far as one text."""
         return {"two": self._two, "chatml": self._chatml, "inst": self._inst}[self.style]()
 
     def _two(self) -> str:

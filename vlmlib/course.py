@@ -59,12 +59,16 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Tokens in a row, each over its id; `marked` ids stand out."""
+    """Tokens in a row, each over its id; `marked` ids stand out. Long rows are broken.
+
+    A table, so that it stays readable where colours are dropped, as on GitHub.
+    """
 
     ids: Sequence[int]
     texts: Sequence[str]
     marked: Sequence[int] = ()
     caption: str = ""
+    columns: int = 16
 
     def __str__(self) -> str:
         return " ".join(f"{text!r}:{i}" for i, text in zip(self.ids, self.texts, strict=True))
@@ -72,17 +76,24 @@ class Strip:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def token(i: int, text: str) -> str:
-            colours = "#D55E00;color:white" if i in self.marked else "#DCE9F2;color:black"
+        def cell(i: int, content: str) -> str:
+            colours = "#E69F00" if i in self.marked else "#DCE9F2"
             style = (
-                f"display:inline-block;background:{colours};padding:1px 5px;margin:1px;"
-                "border-radius:3px;text-align:center;font-family:monospace;white-space:pre"
+                f"background:{colours};color:black;padding:1px 5px;text-align:center;"
+                "font-family:monospace;white-space:pre;border:1px solid white"
             )
-            shown = html.escape(text.replace("\n", "⏎").replace(" ", "␣"))
-            return f'<span style="{style}">{shown}<br><small>{i}</small></span>'
+            content = f"<b>{content}</b>" if i in self.marked else content
+            return f'<td style="{style}">{content}</td>'
 
-        row = "".join(token(i, text) for i, text in zip(self.ids, self.texts, strict=True))
-        return f"<div>{row}<div>{html.escape(self.caption)}</div></div>"
+        lines = []
+        for start in range(0, len(self.ids), self.columns):
+            ids = self.ids[start : start + self.columns]
+            texts = self.texts[start : start + self.columns]
+            shown = [html.escape(t.replace("\n", "⏎").replace(" ", "␣")) for t in texts]
+            above = "".join(map(cell, ids, shown))
+            below = "".join(map(cell, ids, map(str, ids)))
+            lines.append(f"<table><tr>{above}</tr><tr>{below}</tr></table>")
+        return "".join(lines) + f"<p><em>{html.escape(self.caption)}</em></p>"
 
 
 def check(answer: Any, test: Callable[[Any], bool], hint: str) -> str:

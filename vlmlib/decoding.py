@@ -26,9 +26,13 @@ Chunk = dict[str, Any]
 class Turn:
     """A prompt ready to be answered.
 
-    prefill()    feeds the prompt, returns (1, v) logits behind its last position
-    step(id)     feeds one (1, 1) id, returns (1, v) logits behind it
-    text_ids     the prompt's ids without placeholders, seen by the repetition penalty
+    prefill()      feeds the prompt, returns (1, v) logits behind its last position
+    step(id)       feeds one (1, 1) id, returns (1, v) logits behind it
+    text_ids       the prompt's ids without placeholders, seen by the repetition penalty
+    prompt_tokens  positions of the whole prompt, media in their places
+    context_len    how many positions prompt and answer may take together
+    device         where ids go
+    reused_tokens  positions of the prompt that a cache holds already; `prefill` feeds the others
     """
 
     prefill: Callable[[], Tensor]
@@ -71,12 +75,22 @@ def decode(
 ) -> Iterator[Chunk]:
     """Check the request, then answer it as an iterator of chunks.
 
-    Every `stream_interval` tokens a chunk {"text", "delta", "usage", "finish_reason", "timing"}
-    comes: `text` is the whole answer so far (behind `prefix`), `delta` what is new in it. The last
-    chunk alone has a `finish_reason` ("stop" or "length") and a `timing`; times are in seconds.
-    With `trace=k` each chunk also has "tokens", a TokenTrace for every token since the last one.
+    Every `stream_interval` tokens a chunk comes, a dictionary:
 
-    Raises PromptError and ContextLengthError at the call, NonFiniteLogitsError on the way.
+    text           the whole answer so far (behind `prefix`)
+    delta          what is new in it
+    usage          {"prompt_tokens", "completion_tokens", "total_tokens"}: media are counted in
+                   their places, and so is the token that ends the answer
+    finish_reason  None, in the last chunk "stop" or "length"
+    timing         None, in the last chunk {"context_tokens": positions of the prompt that were fed,
+                   "reused_tokens": those that were not, "context_time": seconds until the first
+                   token was sampled, "generation_time_list": seconds of each later one,
+                   "total_tokens": context_tokens and one for each of these}
+    tokens         with `trace=k` only: a TokenTrace with k alternatives for every token since the
+                   last chunk
+
+    Raises ValueError, PromptError and ContextLengthError at the call, NonFiniteLogitsError on the
+    way.
     """
     if not isinstance(stream_interval, int) or stream_interval < 1:
         raise ValueError(f"stream_interval must be a whole number >= 1, got {stream_interval!r}")

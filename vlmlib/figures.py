@@ -1,4 +1,4 @@
-"""Figures for notebooks: matplotlib or Pillow in, an HTML figure with caption and alt text out.
+"""Figures for notebooks: matplotlib or Pillow in, a picture with caption and alt text out.
 
 No pyplot: nothing is registered globally, and a figure appears exactly where it is returned.
 """
@@ -10,9 +10,12 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 # Okabe and Ito's colours: told apart by colour-blind readers, on white as on dark grey.
@@ -23,7 +26,12 @@ PALETTE = (BLUE, ORANGE, GREEN, SKY, YELLOW, PINK, GREY)
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A finished picture with its words: shown by Jupyter, and on GitHub without running."""
+    """A finished picture with its words, for Jupyter and for pages made of saved notebooks.
+
+    The picture is a PNG output with its alt text in the metadata, where nbconvert looks for it; the
+    caption is an output of its own, with the alt text to unfold, since JupyterLab gives pictures
+    none. Not one piece of HTML, because sanitisers, as GitHub's, may drop pictures in HTML.
+    """
 
     png: bytes
     caption: str
@@ -32,18 +40,25 @@ class Shown:
 
     @property
     def img(self) -> str:
+        """For HTML, as widgets show it."""
         data = base64.b64encode(self.png).decode()
         return (
             f'<img alt="{html.escape(self.alt)}" width="{self.width}" style="max-width:100%" '
             f'src="data:image/png;base64,{data}">'
         )
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        caption = html.escape(self.caption)
-        return {
-            "text/plain": f"Figure: {self.caption}",
-            "text/html": f"<figure>{self.img}<figcaption>{caption}</figcaption></figure>",
-        }
+    def __str__(self) -> str:
+        return f"Figure: {self.alt}"
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        picture = {"image/png": base64.b64encode(self.png).decode(), "text/plain": str(self)}
+        about = {"image/png": {"alt": self.alt, "width": self.width}}
+        display(picture, metadata=about, raw=True)
+        words = f"<details><summary>Picture in words</summary>{html.escape(self.alt)}</details>"
+        caption = f"<p><em>{html.escape(self.caption)}</em></p>{words}"
+        display({"text/html": caption, "text/plain": self.caption}, raw=True)
 
 
 def show(
@@ -91,10 +106,23 @@ def latency(
 
     `first` and `steps` are in seconds, as in a chunk's `timing`.
     """
-    figure, ax = axes(width, height, xlabel="token of the answer", ylabel="ms")
+    figure, ax = axes(width, height, xlabel="token of the answer", ylabel="ms for this token")
     ax.bar([1], [1e3 * first], color=ORANGE, label="first: picture, prompt and sampling")
     ax.bar(range(2, len(steps) + 2), [1e3 * s for s in steps], color=BLUE, label="one decode step")
     ax.set_xlim(0.3, max(len(steps) + 1, 10) + 0.7)
     ax.set_ylim(0, 1.1e3 * max([first, *steps]) or 1)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
+
+
+def patches(ax: Axes, values: Any, rows: int, cols: int, marked: tuple[int, int], **options):
+    """Draw on `ax` a picture, or (rows, cols) values, under a grid of patches; `marked` is the
+    (row, column) of one that is outlined. `options` go to `imshow`, whose result is returned.
+    """
+    mesh = ax.imshow(values, extent=(-0.5, cols - 0.5, rows - 0.5, -0.5), **options)
+    ax.set(xticks=range(cols), yticks=range(rows), xlabel="column", ylabel="row")
+    ax.hlines([i - 0.5 for i in range(1, rows)], -0.5, cols - 0.5, color=GREY, lw=0.5)
+    ax.vlines([i - 0.5 for i in range(1, cols)], -0.5, rows - 0.5, color=GREY, lw=0.5)
+    row, column = marked
+    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=ORANGE, lw=2.5))
+    return mesh

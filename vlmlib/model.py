@@ -83,10 +83,12 @@ class VisionLanguageModel(ABC):
 
     @property
     def config(self):
+        """Of the whole network."""
         return self.net.config
 
     @property
     def text_config(self):
+        """Of the language model."""
         return self.net.config.get_text_config(decoder=True)
 
     @property
@@ -96,14 +98,17 @@ class VisionLanguageModel(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.net.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.net.dtype
 
     @property
     def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer."""
         return end_of_answer_ids(self.net, self.tokenizer)
 
     def __repr__(self) -> str:
@@ -119,6 +124,7 @@ class VisionLanguageModel(ABC):
         return self.net.parameters()
 
     def new_cache(self) -> KVCache:
+        """An empty key/value cache for one sequence."""
         return KVCache(self.config)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ GREEDY_BELOW_TOP_P = 1e-8
 ORDERS = ("tinychat", "hf")
 
 
+GREEDY = {"temp": 0.0, "repeat_penalty": 1.0, "top_p": 1.0, "top_k": 0}
+
 UNUSED = (
     "n_threads", "n_parts", "n_ctx", "n_batch", "n_keep", "logit_bias", "tfs_z", "typical_p",
     "repeat_last_n", "frequency_penalty", "presence_penalty", "mirostat", "mirostat_tau",
@@ -41,12 +43,13 @@ class GenParams:
     """How to sample; names and defaults are TinyChat's.
 
     temp            0 is greedy; 1 leaves the model's distribution as it is
-    repeat_penalty  divides the positive scores of ids already seen; 1 is off
+    repeat_penalty  divides the positive scores of the ids in prompt and answer so far, multiplies
+                    the negative ones; 1 is off
     top_p           keep the smallest set of ids whose probabilities reach this sum; 1 is off
     top_k           keep this many best ids; 0 or less is off
     n_vocab         accepted for TinyChat's sake and not used: scores know their own size
     n_predict       at most this many new tokens
-    seed            same seed, same tokens; None, or TinyChat's -1, draws a fresh one
+    seed            same seed, same tokens, on the same kind of device; None draws a fresh one
     order           "tinychat": temperature, top-p, top-k; "hf": temperature, top-k, top-p
     stop            strings that end the answer and are not part of it
 
@@ -66,8 +69,6 @@ class GenParams:
     def __post_init__(self):
         _check_warpers(self.temp, self.repeat_penalty, self.top_p, self.top_k, self.order)
         _whole("n_predict", self.n_predict, at_least=0)
-        if self.seed == -1:
-            object.__setattr__(self, "seed", None)
         if self.seed is not None:
             _whole("seed", self.seed, at_least=0, at_most=2**63 - 1)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -78,14 +79,21 @@ class GenParams:
     @classmethod
     def greedy(cls, **changes) -> GenParams:
         """Always the best token: no temperature, no cut, no penalty."""
-        return cls(**{"temp": 0.0, "repeat_penalty": 1.0, "top_p": 1.0, "top_k": 0} | changes)
+        return cls(**GREEDY | changes)
+
+    @classmethod
+    def greedy_unless(cls, gen_params: Any, **changes) -> GenParams:
+        """What is not said is greedy; a GenParams, or an object with its names, says everything."""
+        if gen_params is None or isinstance(gen_params, Mapping):
+            gen_params = GREEDY | dict(gen_params or {})
+        return cls.of(gen_params).but(**changes)
 
     @classmethod
     def of(cls, gen_params: Any) -> GenParams:
         """Read a GenParams, a mapping, or any object with some of these attributes.
 
         A mapping may also hold the parameters that TinyChat carries along and never uses; anything
-        else in it is an error.
+        else in it is an error. TinyChat's seed -1 is None.
         """
         if isinstance(gen_params, cls):
             return gen_params
@@ -93,12 +101,15 @@ class GenParams:
         if isinstance(gen_params, Mapping):
             if unknown := sorted(map(str, set(gen_params) - {*names, *UNUSED})):
                 raise GenParamsError(f"unknown parameters {unknown}, expected some of {names}")
-            return cls(**{n: v for n, v in gen_params.items() if n in names})
-        found = {n: getattr(gen_params, n) for n in names if hasattr(gen_params, n)}
-        if not found:
-            raise GenParamsError(
-                f"gen_params must have some of {names}, got {type(gen_params).__name__}"
-            )
+            found = {n: v for n, v in gen_params.items() if n in names}
+        else:
+            found = {n: getattr(gen_params, n) for n in names if hasattr(gen_params, n)}
+            if not found:
+                raise GenParamsError(
+                    f"gen_params must have some of {names}, got {type(gen_params).__name__}"
+                )
+        if found.get("seed") == -1:
+            del found["seed"]
         return cls(**found)
 
     def but(self, **changes) -> GenParams:
@@ -110,6 +121,7 @@ class GenParams:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether no token is drawn: TinyChat's thresholds for temperature and top-p."""
         return self.temp < GREEDY_BELOW_TEMPERATURE or self.top_p < GREEDY_BELOW_TOP_P
 
 

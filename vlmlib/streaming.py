@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 from .cache import KVCache
 from .decoding import Chunk
@@ -17,7 +17,7 @@ from .sampling import GenParams
 def stream(
     model: VisionLanguageModel,
     parts: Sequence[Part] | str,
-    gen_params: GenParams | dict | None = None,
+    gen_params: GenParams | Mapping[str, Any] | None = None,
     *,
     cache: KVCache | None = None,
     stream_interval: int = 1,
@@ -27,18 +27,27 @@ def stream(
     """Ask `model` about pictures and stream its answer.
 
         for chunk in vlmlib.stream(model, [image, "What is left of the red circle?"]):
-            print(chunk["delta"], end="")
+            print(chunk["delta"], end="", flush=True)
 
-    `parts` are pictures (Pillow pictures or `Path`s) and texts (str), in the order they are meant.
-    Decoding is greedy unless `gen_params` or single parameters (`temp=0.7, seed=1`) say otherwise.
+    parts            pictures (Pillow pictures or `Path`s), `Video`s and texts (str), in the order
+                     they are meant
+    gen_params       what is not said, here or by a single parameter (`temp=0.7, seed=1`), is
+                     greedy; a whole GenParams says everything
+    cache            of an earlier stream: what its prompt and this one have in common is kept
+    stream_interval  tokens to a chunk
+    trace            k: each chunk tells its tokens' probabilities and the k best alternatives
+
+    Returns an iterator of chunks, whose fields `vlmlib.decoding.decode` tells. White space in front
+    of the answer is left out. Raises ImageError, VideoError, GenParamsError, PromptError,
+    ContextLengthError at the call, before anything is computed.
     """
-    params = GenParams.greedy() if gen_params is None else GenParams.of(gen_params)
+    params = GenParams.greedy_unless(gen_params, **changes)
     parts = [parts] if isinstance(parts, str) else list(parts)
     pictures = [p for p in parts if not isinstance(p, str)]
     return model.stream_prompt(
         model.chat_prompt(parts),
         model.prepare(pictures),
-        params.but(**changes),
+        params,
         start_pos=0 if cache is None else len(cache),
         chunk_prefilling=cache is not None,
         cache=cache,
@@ -48,9 +57,14 @@ def stream(
     )
 
 
-def answer(model: VisionLanguageModel, parts: Sequence[Part] | str, *args, **kwargs) -> str:
-    """The whole answer at once: `stream`, read to its end."""
-    *_, last = stream(model, parts, *args, **kwargs)
+def answer(
+    model: VisionLanguageModel,
+    parts: Sequence[Part] | str,
+    gen_params: GenParams | Mapping[str, Any] | None = None,
+    **options,
+) -> str:
+    """The whole answer at once: `stream` with these parameters, read to its end."""
+    *_, last = stream(model, parts, gen_params, **options)
     return last["text"]
 
 
@@ -79,6 +93,7 @@ class TimeStats:
     step_times: list[float] = field(default_factory=list)
 
     def add(self, timing: dict) -> None:
+        """Of one turn: the `timing` of its last chunk."""
         self.context_tokens += timing["context_tokens"]
         self.context_times.append(timing["context_time"])
         self.step_times += timing["generation_time_list"]

@@ -81,7 +81,8 @@ class TextStream:
     """Ids in, readable text out, one id at a time at constant cost.
 
     `text` never ends in half a character and never holds a part of a stop string; text that could
-    still become one is kept back until the next id decides, or until `flush`.
+    still become one is kept back until the next id decides, or until `flush`. Bytes that cannot
+    become a character any more are shown as U+FFFD.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):

@@ -87,7 +87,7 @@ class StreamPanel(w.VBox):
         )
         self.seed = w.IntText(0, description="seed", **choice)
         self.pace = w.IntSlider(
-            pace, min=0, max=100, description="tokens/s shown (0 is all)", **slider
+            pace, min=0, max=100, description="tokens/s shown (0: no limit)", **slider
         )
         self.preview = w.HTML()
         self.picture.observe(self._picture_changed, "value")
@@ -137,7 +137,7 @@ class StreamPanel(w.VBox):
         self._picture_changed()
 
     def _status(self, message: str, *, error: bool = False) -> None:
-        style = ' style="color:#D55E00;font-weight:bold"' if error else ""
+        style = ' style="color:var(--jp-error-color1,#B34700);font-weight:bold"' if error else ""
         self.status.value = f'<span role="status"{style}>{html.escape(message)}</span>'
 
     def _say(self, text: str) -> None:
