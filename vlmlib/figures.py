@@ -124,5 +124,7 @@ def patches(ax: Axes, values: Any, rows: int, cols: int, marked: tuple[int, int]
     ax.hlines([i - 0.5 for i in range(1, rows)], -0.5, cols - 0.5, color=GREY, lw=0.5)
     ax.vlines([i - 0.5 for i in range(1, cols)], -0.5, rows - 0.5, color=GREY, lw=0.5)
     row, column = marked
-    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=ORANGE, lw=2.5))
+    for colour, width in (("white", 5), ("black", 2)):  # visible on any ground
+        corner = column - 0.5, row - 0.5
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width))
     return mesh
