@@ -159,25 +159,22 @@ class InternVL(VisionLanguageModel):
         clips = [replace(m, kind="video") for m in self.as_media(media.get("video"))]
         return [*self.as_media(media.get("image")), *clips]
 
-    def encode(self, medium: Medium) -> Tensor:
-        features = rearrange(self.encode_tiles(medium.pixels), "t n d -> (t n) d")
-        if len(features) != medium.length:
-            raise ShapeError(f"a medium of {medium.length} positions has {len(features)} features")
-        return features
-
-    def encode_tiles(self, pixel_values: Tensor) -> Tensor:
-        """(t, 3, h, w) -> (t, n, d): tower, the configured layer, pixel shuffle, projector."""
-        net, config = self.net.model, self.config
-        layer = config.vision_feature_layer
-        out = net.vision_tower(
-            pixel_values=pixel_values.to(self.device, self.dtype), output_hidden_states=layer != -1
+    def tower_features(self, pixels: Tensor) -> Tensor:
+        layer = self.config.vision_feature_layer
+        out = self.net.model.vision_tower(
+            pixel_values=pixels.to(self.device, self.dtype), output_hidden_states=layer != -1
         )
         x = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
-        if config.vision_feature_select_strategy == "default":
-            x = x[:, 1:]  # without the class token
-        x = rearrange(x, "t (w h) c -> t w h c", w=square_side(x.shape[1]))
-        x = pixel_shuffle(x, config.downsample_ratio)
-        return net.multi_modal_projector(rearrange(x, "t w h c -> t (w h) c"))
+        default = self.config.vision_feature_select_strategy == "default"
+        return x[:, 1:] if default else x  # without the class token
+
+    def project(self, features: Tensor, medium: Medium) -> Tensor:
+        x = rearrange(features, "t (w h) c -> t w h c", w=square_side(features.shape[1]))
+        x = rearrange(pixel_shuffle(x, self.config.downsample_ratio), "t w h c -> t (w h) c")
+        projected = self.net.model.multi_modal_projector(x).flatten(0, 1)
+        if len(projected) != medium.length:
+            raise ShapeError(f"a medium of {medium.length} positions has {len(projected)} features")
+        return projected
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """`<img>`, IMAGE_TOKEN_INDEX, `</img>` for every `<image>`; a clip's frames have theirs."""

@@ -81,20 +81,18 @@ class Llava(VisionLanguageModel):
         length = len(pixels) * input_tokens(self.config, *pixels.shape[-2:])
         return Medium(pixels, length)
 
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        """(t, 3, h, w) -> (t, n, d): tower, the configured layers, projector."""
+    def tower_features(self, pixels: Tensor) -> Tensor:
         net, config = self.net.model, self.config
         pixels = pixels.to(self.device, self.dtype)
         states = net.vision_tower(pixels, output_hidden_states=True).hidden_states
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
-        x = torch.cat([states[layer] for layer in layers], dim=-1)  # (t, n, c)
-        if config.vision_feature_select_strategy == "default":
-            x = x[:, 1:]  # without the class token
-        return net.multi_modal_projector(x)
+        x = torch.cat([states[layer] for layer in layers], dim=-1)
+        default = config.vision_feature_select_strategy == "default"
+        return x[:, 1:] if default else x  # without the class token
 
-    def encode(self, medium: Medium) -> Tensor:
-        return self.patch_features(medium.pixels).flatten(0, 1)
+    def project(self, features: Tensor, medium: Medium) -> Tensor:
+        return self.net.model.multi_modal_projector(features).flatten(0, 1)
 
     def encode_images(
         self, images: Media, image_sizes: Sequence[Size] | None = None
@@ -148,10 +146,10 @@ class LlavaNext(Llava):
         grid = (self.pinpoints, vision.image_size, vision.patch_size)
         return anyres_boxes(*medium.size, *grid, rounding="hf")
 
-    def encode(self, medium: Medium) -> Tensor:
+    def project(self, features: Tensor, medium: Medium) -> Tensor:
         vision = self.config.vision_config
         return merge_anyres(
-            self.patch_features(medium.pixels),
+            self.net.model.multi_modal_projector(features),
             medium.size,
             self.pinpoints,
             vision.image_size,

@@ -63,8 +63,12 @@ class VisionLanguageModel(ABC):
         """Preprocessed (t, 3, h, w) pixel values of one picture -> a medium."""
 
     @abstractmethod
-    def encode(self, medium: Medium) -> Tensor:
-        """Features (medium.length, d), as wide as the embeddings."""
+    def tower_features(self, pixels: Tensor) -> Tensor:
+        """(t, 3, h, w) -> (t, p, c): what the tower says of all p patches of a tile."""
+
+    @abstractmethod
+    def project(self, features: Tensor, medium: Medium) -> Tensor:
+        """(t, p, c) tower features of a medium -> (medium.length, d), as wide as the embeddings."""
 
     @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -80,6 +84,10 @@ class VisionLanguageModel(ABC):
         """
 
     # ---- what all share ----
+
+    def encode(self, medium: Medium) -> Tensor:
+        """Features (medium.length, d) of a medium."""
+        return self.project(self.tower_features(medium.pixels), medium)
 
     @property
     def config(self):

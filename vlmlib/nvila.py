@@ -196,8 +196,11 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         groups = torch.stack(list(tiles)).split(counts)
         return [self.medium(t, block=b) for t, b in zip(groups, blocks, strict=True)]
 
-    def encode(self, medium: Medium) -> Tensor:
-        return self.encoders[medium.kind](self, medium)
+    def tower_features(self, pixels: Tensor) -> Tensor:
+        return self.vision_tower(pixels)
+
+    def project(self, features: Tensor, medium: Medium) -> Tensor:
+        return self.encoders[medium.kind](self, features, medium)
 
     def boxes(self, medium: Medium) -> Tensor:
         return self.encoders[medium.kind].boxes(self, medium)

@@ -77,8 +77,8 @@ class MediaEncoder:
         """Positions that (t, 3, h, w) pixels will take."""
         raise NotImplementedError
 
-    def __call__(self, model, medium: Medium) -> Tensor:
-        """(medium.length, d)"""
+    def __call__(self, model, features: Tensor, medium: Medium) -> Tensor:
+        """(t, p, c) tower features of a medium -> (medium.length, d)"""
         raise NotImplementedError
 
     def boxes(self, model, medium: Medium) -> Tensor:
@@ -105,9 +105,9 @@ class BasicImageEncoder(MediaEncoder):
         rows, cols = _board(model, block)
         return rows * cols * model.tile_side(pixels.shape[-1]) ** 2 + self.around(model)
 
-    def __call__(self, model, medium: Medium) -> Tensor:
-        features = torch.stack(model.encode_images(medium.pixels, [medium.block]))
-        return self._between(features, partial(_embeds, model))
+    def __call__(self, model, features: Tensor, medium: Medium) -> Tensor:
+        projected = torch.stack(model.project_features(features, [medium.block]))
+        return self._between(projected, partial(_embeds, model))
 
     def boxes(self, model, medium: Medium) -> Tensor:
         rows, cols = _board(model, medium.block)
@@ -145,8 +145,8 @@ class TSPVideoEncoder(MediaEncoder):
             total += t * (h * w + around)
         return total
 
-    def __call__(self, model, medium: Medium) -> Tensor:
-        frames = torch.stack(model.encode_images(medium.pixels))  # (t, n, d)
+    def __call__(self, model, features: Tensor, medium: Medium) -> Tensor:
+        frames = torch.stack(model.project_features(features))  # (t, n, d)
         pooled = [pool_features(frames, pool) for pool in self.pool_sizes]
         return self._separated(pooled, partial(_embeds, model))
 

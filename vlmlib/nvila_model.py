@@ -152,12 +152,17 @@ class LlavaMetaModel:
 
         The projector sees a picture in pieces of a tile's size, whatever the picture's own.
         """
+        return self.project_features(self.get_vision_tower()(images), block_sizes)
+
+    def project_features(
+        self, features: Tensor, block_sizes: Sequence[Size | None] | None = None
+    ) -> list[Tensor]:
+        """(t, p, c) features of the tower for the tiles of all pictures, as `encode_images`."""
         tower, projector = self.get_vision_tower(), self.get_mm_projector()
-        features = tower(images)
         scales, at = _s2(tower, getattr(self, "config", None))
         if not scales:
             return list(projector(features))
-        blocks = [None] * len(images) if block_sizes is None else block_sizes
+        blocks = [None] * len(features) if block_sizes is None else block_sizes
         maps, blocks = merge_features_for_dynamic_s2(features, blocks, scales, at)
         pieces = [split_chessboard(m, *b) for m, b in zip(maps, blocks, strict=True)]
         x = rearrange(torch.cat(pieces), "t c h w -> t (h w) c")
