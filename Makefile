@@ -1,13 +1,15 @@
 # make lab         set up and open JupyterLab on the first notebook
 # make test        set up and run everything: lint, unit tests, notebooks, browser
-# make train-tiny  train the small model again (OUT=folder, default runs/tiny-llava), or go on
-# make eval-tiny   its accuracy on 1,000 scenes it has never seen
+# make train-tiny  train a small model again, or go on (MODEL=tiny-llava, tiny-nvila or
+#                  tiny-internvl; OUT=folder, default runs/MODEL)
+# make eval-tiny   its accuracy on 1,000 scenes it has never seen (MODEL as above)
 # make notebooks   run every notebook and save its outputs
 # make clean       remove the environment
 
 PYTHON ?= python3
 VENV   ?= .venv
-OUT    ?= runs/tiny-llava
+MODEL  ?= tiny-llava
+OUT    ?= runs/$(MODEL)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DEPS   := pyproject.toml constraints.txt
@@ -34,10 +36,10 @@ browser: $(VENV)/.test
 	$(BIN)/python -m pytest -m browser tests
 
 train-tiny: $(VENV)/.lab
-	$(BIN)/python -m vlmlib.tiny.train --out $(OUT) $(if $(wildcard $(OUT).state.pt),--resume)
+	$(BIN)/python -m vlmlib.tiny.train --model $(MODEL) --out $(OUT) $(if $(wildcard $(OUT).state.pt),--resume)
 
 eval-tiny: $(VENV)/.lab
-	$(BIN)/python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava
+	$(BIN)/python -m vlmlib.tiny.evaluate data/checkpoints/$(MODEL)
 
 notebooks: $(VENV)/.test
 	$(BIN)/python tools/run_notebooks.py

@@ -1,5 +1,5 @@
-"""A tiny LLaVA that you can train yourself: scenes, tokenizer, model, training, evaluation.
+"""Small models that you can train yourself: scenes, clips, tokenizer, models, training, evaluation.
 
-Nothing in here imports the rest of `vlmlib`: the checkpoint it makes is an ordinary
-`LlavaForConditionalGeneration` folder, and that folder is the only interface.
+The checkpoints that come out are ordinary folders in the layouts of the published models, and
+`vlmlib.load` reads them like any other.
 """

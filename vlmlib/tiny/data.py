@@ -1,52 +1,90 @@
-"""The training stream: scenes in, padded batches of token ids, pixels and targets out.
+"""The training stream: scenes and clips in, padded batches of token ids, tiles and targets out.
 
 Step number s of a run always gives the same batch, so a run that stops can go on where it was.
 
-One sequence holds one picture and several questions about it. In three sequences of four the
-questions are *isolated*: each sees the picture and itself, at the positions it would have alone.
-That is exactly a batch of single-turn conversations, for the price of one picture. The others are
-ordinary conversations, so that a second question works too.
+One sequence holds one picture or clip and several questions about it. In three sequences of four
+the questions are *isolated*: each sees the picture and itself, at the positions it would have
+alone. That is exactly a batch of single-turn conversations, for the price of one picture. The
+others are ordinary conversations, so that a second question works too.
 
-Axes: b sequences, n tokens, p patches.
+Prompts and pixels are those of the model itself, so that training reads what inference reads.
+
+Axes: b sequences, n tokens, t tiles of all pictures, p patches of a tile.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
-from .model import IMAGE_TOKENS, PATCH, PIXELS
-from .scenes import COLOURS, LABELS, QA, RADII, SHAPES, Scene, ask, draw, outline, train_scene
-from .tokenizer import BOS, EOS, IMAGE
+from ..media import Medium, Video
+from ..model import VisionLanguageModel
+from ..tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from .clips import Clip, ask_clip, frames, train_clip
+from .model import PATCH, PIXELS
+from .scenes import (
+    COLOURS,
+    LABELS,
+    PRINT_HEIGHT,
+    PRINTS,
+    QA,
+    RADII,
+    SHAPES,
+    Scene,
+    ask,
+    draw,
+    outline,
+    train_detail_scene,
+    train_scene,
+)
 
-IGNORE = -100
+IGNORE = IGNORE_INDEX
 PADDING = -1
+
+Source = Image.Image | Video
 
 WEIGHTS = {
     "count": 0.4,
-    "count_shape": 2.5,
+    "count_shape": 2.0,
     "count_colour": 1.5,
-    "where": 3.5,
-    "at": 1.5,
+    "where": 3.0,
+    "at": 2.0,
     "colour": 2.0,
     "size": 0.8,
-    "left": 2.5,
-    "right": 2.5,
-    "above": 2.5,
-    "below": 2.5,
+    "left": 3.2,
+    "right": 3.2,
+    "above": 3.6,
+    "below": 3.4,
     "exist": 3.0,
     "read_label": 1.8,
-    "find_label": 1.5,
+    "find_label": 2.0,
+}
+PRINT_WEIGHTS = {"read_print": 8.0, "find_print": 5.0}
+CLIP_WEIGHTS = {
+    "happens": 1.0,
+    "way": 2.0,
+    "which": 1.5,
+    "count_at_end": 1.0,
+    "count_at_start": 0.8,
+    "where_at_end": 2.0,
 }
 """How often each kind of question is asked; the slow learners more often."""
+
+MIXES = {
+    "tiny-llava": {"scene": 1.0},
+    "tiny-nvila": {"scene": 0.45, "print": 0.35, "clip": 0.2},
+    "tiny-internvl": {"scene": 0.45, "print": 0.35, "clip": 0.2},
+}
+"""What each model learns from. LLaVA takes no clips, and sees too little for small print."""
+
+FRAMES = 8
 
 
 @dataclass(slots=True)
@@ -69,74 +107,112 @@ class TokenRow:
         self.targets.extend(ids if learn else [IGNORE] * len(ids))
 
 
-class Writer:
-    """Writes questions and answers as token sequences in LLaVA's chat format."""
+@dataclass(slots=True)
+class Row:
+    """One sequence and its media; `tokens.ids` has IMAGE_TOKEN_INDEX wherever they stand."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.prefix = self._ids(f"{BOS}USER: " + IMAGE * IMAGE_TOKENS)
+    tokens: TokenRow
+    media: list[Medium]
+
+
+QUESTION, ANSWER = "[question]", "[answer]"
+
+
+class Writer:
+    """Writes questions and answers about pictures as a model reads them.
+
+    The texts of its chat format: an answer is `gap`, its text and `end`; the next question is
+    `opening`, its text and `closing`.
+    """
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.model = model
+        asked, said = ("user", [QUESTION]), ("assistant", [ANSWER])
+        first = model.conversation_prompt([asked])
+        second = model.conversation_prompt([asked, said, asked])
+        self.closing = first.rpartition(QUESTION)[2]
+        between = second.removeprefix(first).removesuffix(QUESTION + self.closing)
+        self.gap, _, rest = between.partition(ANSWER)
+        self.end = model.tokenizer.eos_token
+        self.opening = rest.removeprefix(self.end)
+
+    def isolated(self, sources: Sequence[Source], pairs: Sequence[QA]) -> Row:
+        """Every question alone with the pictures: one block each, positions start again."""
+        row, prompts = self._begin(sources, [qa.question for qa in pairs])
+        start = len(row.tokens.ids)
+        for block, (qa, prompt) in enumerate(zip(pairs, prompts, strict=True), start=1):
+            row.tokens.add(prompt, start, block, learn=False)
+            row.tokens.add(self._answer(qa), start + len(prompt), block, learn=True)
+        return row
+
+    def conversation(self, sources: Sequence[Source], pairs: Sequence[QA]) -> Row:
+        """One question after the other; each sees all that was said before."""
+        row, prompts = self._begin(sources, [qa.question for qa in pairs[:1]])
+        prompts += [self._ids(self.opening + qa.question + self.closing) for qa in pairs[1:]]
+        for qa, prompt in zip(pairs, prompts, strict=True):
+            row.tokens.add(prompt, len(row.tokens.ids), 0, learn=False)
+            row.tokens.add(self._answer(qa), len(row.tokens.ids), 0, learn=True)
+        return row
+
+    def _begin(
+        self, sources: Sequence[Source], questions: Sequence[str]
+    ) -> tuple[Row, list[list[int]]]:
+        """A row up to its last medium, and what follows there to ask each of the questions."""
+        media = self.model.prepare(sources)
+        text = self.model.chat_prompt([*sources, QUESTION])
+        ids, placed = self.model.read(text, media)
+        head = ids[: _behind_media(ids)]
+        row, lengths = Row(TokenRow(), placed), iter([m.length for m in placed])
+        for i in head:
+            run = [i] * next(lengths) if i == IMAGE_TOKEN_INDEX else [i]
+            row.tokens.add(run, len(row.tokens.ids), 0, learn=False)
+        prompts = [self.model.read(text.replace(QUESTION, q), media)[0] for q in questions]
+        return row, [prompt[len(head) :] for prompt in prompts]
+
+    def _answer(self, qa: QA) -> list[int]:
+        return self._ids(self.gap + qa.answer + self.end)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.model.tokenizer.encode(text, add_special_tokens=False)
 
-    def isolated(self, pairs: Sequence[QA]) -> TokenRow:
-        """Every question alone with the picture: one block each, positions start again."""
-        sequence = self._picture()
-        start = len(self.prefix)
-        for block, qa in enumerate(pairs, start=1):
-            prompt = self._ids(f"\n{qa.question} ASSISTANT:")
-            answer = self._ids(f" {qa.answer}{EOS}")
-            sequence.add(prompt, start, block, learn=False)
-            sequence.add(answer, start + len(prompt), block, learn=True)
-        return sequence
 
-    def conversation(self, pairs: Sequence[QA]) -> TokenRow:
-        """One question after the other; each sees all that was said before."""
-        sequence = self._picture()
-        opening = "\n"
-        for qa in pairs:
-            prompt = self._ids(f"{opening}{qa.question} ASSISTANT:")
-            sequence.add(prompt, len(sequence.ids), 0, learn=False)
-            answer = self._ids(f" {qa.answer}{EOS}")
-            sequence.add(answer, len(sequence.ids), 0, learn=True)
-            opening = "USER: "
-        return sequence
-
-    def _picture(self) -> TokenRow:
-        sequence = TokenRow()
-        sequence.add(self.prefix, 0, 0, learn=False)
-        return sequence
+def _behind_media(ids: Sequence[int]) -> int:
+    """Where the text begins that follows the last medium."""
+    return len(ids) - ids[::-1].index(IMAGE_TOKEN_INDEX)
 
 
 @dataclass(slots=True)
 class Batch:
     """One step's work, padded on the right."""
 
-    pixels: Tensor  # (b, PIXELS, PIXELS, 3) uint8
-    ids: Tensor  # (b, n)
+    pixels: Tensor  # (t, 3, h, w)
+    tiles: list[int]  # how many of them each medium has
+    media: list[Medium]  # of all sequences in order, without their pixels
+    ids: Tensor  # (b, n), IMAGE_TOKEN_INDEX where the features of media go
     positions: Tensor  # (b, n)
     blocks: Tensor  # (b, n), PADDING where there is none
     targets: Tensor  # (b, n), what the token *is*; IGNORE where nothing is learnt
-    patches: Tensor  # (b, 4, p): shape, colour, size, label of each patch, 0 for none
+    patches: Tensor  # (t, 5, p), see `patch_targets`
 
 
-def collate(
-    sequences: Sequence[TokenRow], pixels: Sequence[np.ndarray], patches: Sequence[np.ndarray]
-) -> Batch:
-    """Pad sequences to one length and stack everything."""
-    longest = max(len(s.ids) for s in sequences)
+def collate(rows: Sequence[Row], patches: Sequence[np.ndarray]) -> Batch:
+    """Pad sequences to one length and put everything together; (t, 5, p) patch targets a row."""
+    longest = max(len(row.tokens.ids) for row in rows)
+    media = [m for row in rows for m in row.media]
 
     def padded(name: str, value: int) -> Tensor:
-        rows = (getattr(s, name) for s in sequences)
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+        lists = (getattr(row.tokens, name) for row in rows)
+        return torch.tensor([x + [value] * (longest - len(x)) for x in lists])
 
     return Batch(
-        pixels=torch.from_numpy(np.stack(pixels)),
+        pixels=torch.cat([m.pixels for m in media]),
+        tiles=[len(m.pixels) for m in media],
+        media=[replace(m, pixels=torch.empty(0)) for m in media],
         ids=padded("ids", 0),
         positions=padded("positions", 0),
         blocks=padded("blocks", PADDING),
         targets=padded("targets", IGNORE),
-        patches=torch.from_numpy(np.stack(patches)),
+        patches=torch.from_numpy(np.concatenate(patches)),
     )
 
 
@@ -154,47 +230,69 @@ def attention_mask(blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
-def pixels_of(picture: Image.Image) -> np.ndarray:
-    """A square picture as inference sees it before normalising: (PIXELS, PIXELS, 3) uint8."""
-    if picture.width != picture.height:
-        raise ValueError(f"training pictures are square, not {picture.width} x {picture.height}")
-    return np.array(picture.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
+Region = Sequence[float]
 
 
-def patch_targets(scene: Scene) -> np.ndarray:
-    """(4, p) classes of each patch for the auxiliary loss: shape, colour, size, label; 0 is none.
+def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1, 1)) -> np.ndarray:
+    """(5, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size, label
+    and small print; 0 is none.
 
-    A patch belongs to a thing if its centre lies in the thing's outline; the outline of a small
-    thing is taken as three quarters of a patch wide at least, so that none goes unseen.
+    size    (width, height) of the picture
+    region  what the tile shows of it, as in `Medium.regions`
+
+    A patch belongs to a thing if its centre lies in the thing's outline, and to its small print if
+    it lies in the box of the text; both are taken as one and a half patches wide at least, so that
+    none goes unseen. In a tile of more than half of the picture's width, small print is IGNOREd.
     """
     side = PIXELS // PATCH
-    centres = (np.arange(side) + 0.5) * PATCH
-    classes = np.zeros((4, side, side), dtype=np.int64)
+    (width, height), (left, top, right, bottom) = size, region
+    patch = (right - left) * width / side, (bottom - top) * height / side
+    steps = np.arange(side) + 0.5
+    centres_x = left * width + steps[None] * patch[0]
+    centres_y = top * height + steps[:, None] * patch[1]
+    classes = np.zeros((5, side, side), dtype=np.int64)
     for thing in scene.things:
-        x, y, radius = outline(thing, PIXELS, PIXELS)
-        inside = np.hypot(centres[None] - x, centres[:, None] - y) <= max(radius, 0.75 * PATCH)
+        x, y, radius = outline(thing, width, height)
+        away = centres_x - x, centres_y - y
+        inside = np.hypot(*away) <= max(radius, 0.75 * max(patch))
         values = (
             1 + SHAPES.index(thing.shape),
             1 + tuple(COLOURS).index(thing.colour),
             1 + tuple(RADII).index(thing.size),
             1 + LABELS.index(thing.label) if thing.label else 0,
         )
-        for plane, value in zip(classes, values, strict=True):
+        for plane, value in zip(classes, values, strict=False):
             plane[inside] = value
-    return classes.reshape(4, -1)
+        if thing.print:
+            letter = PRINT_HEIGHT * max(size)
+            half = 0.35 * letter * len(thing.print), 0.35 * letter
+            reach = [max(h, 0.75 * p) for h, p in zip(half, patch, strict=True)]
+            inside = (abs(away[0]) <= reach[0]) & (abs(away[1]) <= reach[1])
+            classes[4][inside] = 1 + PRINTS.index(thing.print)
+    if right - left > 0.501:
+        classes[4] = IGNORE
+    return classes.reshape(5, -1)
 
 
-PATCH_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(RADII), 1 + len(LABELS))
+PATCH_CLASSES = tuple(1 + len(x) for x in (SHAPES, COLOURS, RADII, LABELS, PRINTS))
 
 
-def choose_questions(scene: Scene, rng: random.Random, count: int) -> list[QA]:
-    """About `count` different questions by `WEIGHTS`; every other time a caption too."""
-    kinds = rng.choices(tuple(WEIGHTS), weights=tuple(WEIGHTS.values()), k=count)
+def choose_questions(shown: Scene | Clip, rng: random.Random, count: int) -> list[QA]:
+    """About `count` different questions by their weights; every other time what all can be asked
+    too: a caption, or what happens.
+    """
+    if isinstance(shown, Clip):
+        pose, weights, usual = ask_clip, CLIP_WEIGHTS, "happens"
+    else:
+        pose, weights, usual = ask, WEIGHTS, "caption"
+        if any(thing.print for thing in shown.things):
+            weights = WEIGHTS | PRINT_WEIGHTS
+    kinds = rng.choices(tuple(weights), weights=tuple(weights.values()), k=count)
     if rng.random() < 0.5:
-        kinds.append("caption")
-    asked = [ask(scene, kind, rng) for kind in kinds]
+        kinds.append(usual)
+    asked = [pose(shown, kind, rng) for kind in kinds]
     different = {qa.question: qa for qa in asked if qa}
-    chosen = list(different.values()) or [ask(scene, "caption", rng)]
+    chosen = list(different.values()) or [pose(shown, usual, rng)]
     rng.shuffle(chosen)
     return [_as_typed(qa, rng) for qa in chosen]
 
@@ -211,13 +309,14 @@ class Stream(Dataset):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        model: VisionLanguageModel,
         batch_size: int = 32,
         seed: int = 0,
         asked: int = 10,
         look_steps: int = 0,
     ) -> None:
-        self.writer = Writer(tokenizer)
+        self.writer = Writer(model)
+        self.mix = MIXES[model.name]
         self.batch_size = batch_size
         self.seed = seed
         self.asked = asked
@@ -229,10 +328,26 @@ class Stream(Dataset):
         rows = [self._row(first + index, asked) for index in range(self.batch_size)]
         return collate(*zip(*rows, strict=True))
 
-    def _row(self, index: int, asked: int) -> tuple[TokenRow, np.ndarray, np.ndarray]:
-        scene = train_scene(index)
+    def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
+        kinds = random.Random(f"kind {index}").choices(*zip(*self.mix.items(), strict=True))
+        shown = {"scene": train_scene, "print": train_detail_scene, "clip": train_clip}[kinds[0]](
+            index
+        )
         rng = random.Random(index)
-        pairs = choose_questions(scene, rng, asked) if asked else []
+        pairs = choose_questions(shown, rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
-        picture = draw(scene, rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS)))
-        return write(pairs), pixels_of(picture), patch_targets(scene)
+        size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
+        if isinstance(shown, Clip):
+            pictures = frames(shown, FRAMES, PIXELS)
+            scenes = [shown.at(i / (FRAMES - 1)) for i in range(FRAMES)]
+            row = write([Video(pictures)], pairs)
+        else:
+            pictures = [draw(shown, size if kinds[0] == "scene" else None)]
+            row = write(pictures, pairs)
+            scenes = [shown] * sum(len(m.pixels) for m in row.media)
+        regions = torch.cat([m.shown for m in row.media]).tolist()
+        patches = [
+            patch_targets(scene, pictures[0].size, region)
+            for scene, region in zip(scenes, regions, strict=True)
+        ]
+        return row, np.stack(patches)

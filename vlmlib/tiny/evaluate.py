@@ -1,9 +1,9 @@
-"""Measure a checkpoint on held-out scenes, as a user would run it.
+"""Measure a checkpoint on held-out scenes and clips, as a user would run it.
 
     python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava --scenes 1000
 
-The saved fp16 weights are loaded in fp32 and asked one question of every kind about every scene,
-by transformers' own greedy `generate`. An answer counts if it is the right one letter by letter.
+The saved fp16 weights are loaded in fp32 by `vlmlib.load` and asked one question of every kind
+about every picture or clip, greedily. An answer counts if it is the right one letter by letter.
 """
 
 from __future__ import annotations
@@ -13,18 +13,43 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+import torch.nn.functional as F
+from torch import Tensor
 
-from .scenes import HELD_OUT, KINDS, LABELS, QA, SHAPES, draw, questions, random_scene
+from .. import microscope
+from ..budget import image_tokens
+from ..images import ImageSource
+from ..loading import load
+from ..media import Medium, Video
+from ..model import VisionLanguageModel
+from ..sampling import GenParams
+from .clips import CLIP_KINDS, clip_questions, frames, random_clip
+from .data import FRAMES, MIXES, Writer
+from .model import parts
+from .scenes import (
+    HELD_OUT,
+    KINDS,
+    LABELS,
+    QA,
+    SHAPES,
+    detail_scene,
+    draw,
+    outline,
+    questions,
+    random_scene,
+)
+
+GREEDY = GenParams.greedy(n_predict=128)
+PRINT_KINDS = ("read_print", "find_print")
 
 Progress = Callable[[int, int], None]
+Change = Callable[[Medium], Medium]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,65 +65,120 @@ class Graded:
         return self.given == self.qa.answer
 
 
-def prompt_of(question: str) -> str:
-    """A first question in LLaVA's chat format."""
-    return f"USER: <image>\n{question} ASSISTANT:"
+def case(content: str, seed: int, pixels: int = 112) -> tuple[ImageSource | Video, list[QA]]:
+    """The picture or clip of a seed and what is asked about it. `content` is "scene", "print"
+    (pictures have their own sizes, and only the print is asked for) or "clip".
+    """
+    rng = random.Random(seed)
+    if content == "clip":
+        clip = random_clip(seed)
+        return Video(frames(clip, FRAMES, pixels)), clip_questions(clip, rng)
+    if content == "print":
+        scene = detail_scene(seed)
+        return draw(scene), [qa for qa in questions(scene, rng) if qa.kind in PRINT_KINDS]
+    scene = random_scene(seed)
+    return draw(scene, pixels), questions(scene, rng)
 
 
-@torch.inference_mode()
-def answer(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    pictures: Sequence[Image.Image],
+def ask_all(
+    model: VisionLanguageModel,
+    source: ImageSource | Video,
     asked: Sequence[str],
+    change: Change | None = None,
 ) -> list[str]:
-    """Greedy answers to one question about each picture, in one padded batch."""
-    inputs = processor(
-        images=list(pictures),
-        text=[prompt_of(question) for question in asked],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=128)
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    """Greedy answers to questions about one picture or clip, each asked as the first one. They
+    share a cache, so the picture is read once. `change` is done to every medium before.
+    """
+    media = model.prepare([source])
+    media = [change(m) for m in media] if change else media
+    cache, answers = model.new_cache(), []
+    for question in asked:
+        *_, last = model.stream_prompt(
+            model.chat_prompt([source, question]),
+            media,
+            GREEDY,
+            start_pos=len(cache),
+            chunk_prefilling=True,
+            cache=cache,
+            stream_interval=GREEDY.n_predict,
+            lstrip=True,
+        )
+        answers.append(last["text"])
+    return answers
 
 
 def grade(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: VisionLanguageModel,
+    content: str,
     seeds: Sequence[int],
-    batch_size: int = 64,
     pixels: int = 112,
+    change: Change | None = None,
     progress: Progress | None = None,
 ) -> list[Graded]:
-    """Ask one question of every kind about the scene of every seed.
-
-    Questions go in order of their kind, so that a batch holds answers of like length.
-    """
-    work = sorted(_all_questions(seeds), key=lambda item: list(KINDS).index(item[1].kind))
+    """Ask one question of every kind about the picture or clip of every seed, see `case`."""
     graded: list[Graded] = []
-    for start in range(0, len(work), batch_size):
-        batch = work[start : start + batch_size]
-        pictures = [draw(random_scene(seed), pixels) for seed, _ in batch]
-        given = answer(model, processor, pictures, [qa.question for _, qa in batch])
-        graded += [Graded(s, qa, g) for (s, qa), g in zip(batch, given, strict=True)]
+    for done, seed in enumerate(seeds, start=1):
+        source, asked = case(content, seed, pixels)
+        given = ask_all(model, source, [qa.question for qa in asked], change)
+        graded += [Graded(seed, qa, g) for qa, g in zip(asked, given, strict=True)]
         if progress:
-            progress(len(graded), len(work))
+            progress(done, len(seeds))
     return graded
 
 
-def _all_questions(seeds: Sequence[int]) -> Iterator[tuple[int, QA]]:
+def without_detail(medium: Medium) -> Medium:
+    """Every tile drawn again, out of the one that shows the most of the picture: as many tiles and
+    positions as before, but no more to be seen than in that one. Only that tile stays as it is.
+    """
+    left, top, right, bottom = medium.shown.T
+    whole = int(((right - left) * (bottom - top)).argmax())
+    nothing = torch.zeros_like(left)
+    x = torch.stack([right - left, nothing, left + right - 1], dim=1)
+    y = torch.stack([nothing, bottom - top, top + bottom - 1], dim=1)
+    grid = F.affine_grid(torch.stack([x, y], dim=1), medium.pixels.shape, align_corners=False)
+    pixels = F.grid_sample(
+        medium.pixels[whole].expand_as(medium.pixels),
+        grid,
+        mode="bicubic",
+        padding_mode="border",
+        align_corners=False,
+    )
+    pixels[whole] = medium.pixels[whole]
+    return replace(medium, pixels=pixels)
+
+
+def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> list[float]:
+    """For each layer: how often its attention, mean of all heads, peaks on the right thing when
+    the model is about to say what is printed on it. The words before are those of the right answer.
+    """
+    hits, writer = [], Writer(model)
     for seed in seeds:
-        for qa in questions(random_scene(seed), random.Random(seed)):
-            yield seed, qa
+        scene = detail_scene(seed)
+        picture, asked = case("print", seed)
+        for qa in (qa for qa in asked if qa.kind == "read_print"):
+            words, printed = qa.answer.rstrip(".").rsplit(" ", 1)
+            (thing,) = (thing for thing in scene.things if thing.print == printed)
+            prompt, media = model.chat_prompt([picture, qa.question]), model.prepare([picture])
+            said = model.tokenizer.encode(writer.gap + words, add_special_tokens=False)
+            weights = microscope.attention(model, prompt, media, said).mean(dim=1)
+            parts = microscope.picture_weights(model, prompt, media, weights)
+            boxes = torch.cat([model.boxes(m) for m in media])
+            x, y, radius = outline(thing, *picture.size)
+            peaks = [peak(row, boxes, *picture.size) for row in torch.cat(parts, dim=-1)]
+            hits.append([(px - x) ** 2 + (py - y) ** 2 <= radius**2 for px, py in peaks])
+    return torch.tensor(hits, dtype=torch.float).mean(dim=0).tolist()
+
+
+def peak(weights: Tensor, boxes: Tensor, width: int, height: int) -> tuple[int, int]:
+    """(x, y) of the pixel where the heat map of some weights is highest."""
+    highest = int(microscope.heat_map(weights, boxes, width, height).argmax())
+    return highest % width, highest // width
 
 
 def by_kind(graded: Sequence[Graded]) -> dict[str, dict[str, float]]:
     """Number asked and share right of every kind."""
     table = {}
-    for kind in KINDS:
+    for kind in (*KINDS, *CLIP_KINDS):
         right = [g.right for g in graded if g.qa.kind == kind]
         if right:
             table[kind] = {"n": len(right), "right": sum(right) / len(right)}
@@ -122,13 +202,11 @@ def _things_of(caption: str) -> list[str]:
 
 
 def summary(graded: Sequence[Graded]) -> dict:
-    """All numbers of a measurement, ready for JSON."""
+    """All numbers of one content, ready for JSON."""
     asked = [g for g in graded if g.qa.kind != "caption"]
     captions = [g for g in graded if g.qa.kind == "caption"]
-    return {
-        "scenes": len({g.scene for g in graded}),
-        "captions_exact": sum(g.right for g in captions) / len(captions),
-        "objects_right": objects_right(graded),
+    numbers = {
+        "shown": len({g.scene for g in graded}),
         "questions_right": sum(g.right for g in asked) / len(asked),
         "kinds": by_kind(graded),
         "mistakes": [
@@ -137,110 +215,194 @@ def summary(graded: Sequence[Graded]) -> dict:
             if not g.right
         ][:20],
     }
+    if captions:
+        numbers["captions_exact"] = sum(g.right for g in captions) / len(captions)
+        numbers["objects_right"] = objects_right(graded)
+    return numbers
+
+
+def measure(
+    model: VisionLanguageModel,
+    contents: Sequence[str],
+    seeds: Sequence[int],
+    pixels: int = 112,
+    progress: Progress | None = None,
+) -> dict:
+    """`summary` of each content, with visual tokens and seconds for each picture; for small print
+    also without the tiles that show it, and where the attention was.
+    """
+    numbers = {}
+    for content in contents:
+        began = time.monotonic()
+        numbers[content] = summary(grade(model, content, seeds, pixels, progress=progress))
+        numbers[content]["seconds"] = (time.monotonic() - began) / len(seeds)
+        numbers[content]["tokens"] = [visual_tokens(model, content, seed, pixels) for seed in seeds]
+    if "print" in numbers:
+        coarse = grade(model, "print", seeds, change=without_detail, progress=progress)
+        numbers["print"]["without_detail"] = by_kind(coarse)
+        numbers["print"]["attention_hits"] = attention_hits(model, seeds)
+    return numbers
+
+
+def visual_tokens(model: VisionLanguageModel, content: str, seed: int, pixels: int = 112) -> int:
+    """Positions that the picture or clip of a seed takes."""
+    source, _ = case(content, seed, pixels)
+    if isinstance(source, Video):
+        return sum(m.length for m in model.prepare([source]))
+    return image_tokens(model, *source.size)
+
+
+TITLES = {"scene": "Scenes", "print": "Small print", "clip": "Clips"}
 
 
 def table(numbers: dict) -> str:
-    """A Markdown table with one row for every kind of question."""
+    """Markdown: for each content one row for every kind of question."""
     rows = ["| kind | asked | right |", "|---|---:|---:|"]
-    for kind, row in numbers["kinds"].items():
-        rows.append(f"| {kind} | {row['n']:,} | {row['right']:.1%} |")
-    rows.append(f"| all but captions | | {numbers['questions_right']:.1%} |")
-    rows.append(f"| things in captions | | {numbers['objects_right']:.1%} |")
+    for content, part in numbers.items():
+        low, high = min(part["tokens"]), max(part["tokens"])
+        tokens = f"{low}" if low == high else f"{low} to {high}"
+        rows.append(
+            f"| **{TITLES[content]}**: {part['shown']:,} of {tokens} visual tokens, "
+            f"{part['seconds']:.2f} s each | | |"
+        )
+        for kind, row in part["kinds"].items():
+            rows.append(f"| {kind} | {row['n']:,} | {row['right']:.1%} |")
+        if len(part["kinds"]) > 1:
+            rows.append(f"| all but captions | | {part['questions_right']:.1%} |")
+        if "objects_right" in part:
+            rows.append(f"| things in captions | | {part['objects_right']:.1%} |")
+        for kind, row in part.get("without_detail", {}).items():
+            rows.append(f"| {kind}, tiles enlarged | {row['n']:,} | {row['right']:.1%} |")
     return "\n".join(rows)
 
 
+ABLATION = """
+"Tiles enlarged": every tile is cut out of the small picture of the whole and enlarged, so that
+there are as many visual tokens as before, but nothing more to be seen in them. What is lost is
+what the tiles are for.
+
+When a model is about to say what is printed on a shape, the attention of its layers, mean of all
+heads, peaks on that very shape in {hits} of these pictures (first layer to last).
+"""
+
+FAMILIES = {"llava": "LLaVA-1.5", "nvila": "NVILA", "internvl": "InternVL3"}
+
+TOWERS = {"llava": "CLIP tower", "nvila": "SigLIP tower", "internvl": "InternVL's tower"}
+
+KNOWS = {
+    "scene": "one to five shapes ({shapes}) in six colours and two sizes on a grid of three by "
+    "three places, on a plain light or dark background, a large one sometimes with one of the "
+    "characters {labels}",
+    "print": "large shapes with a word of three letters or a number of two digits in small print",
+    "clip": "clips in which one shape moves, appears, vanishes or turns another colour",
+}
+
 CARD = """---
 license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
+{library}pipeline_tag: image-text-to-text
 ---
 
-# tiny-llava
+# {name}
 
-A LLaVA-1.5 of {parameters:.1f} million parameters that describes drawn scenes of coloured shapes
-and answers questions about them. It exists for learning: small enough to be trained, taken apart
-and run on a laptop, and built like the large one, `LlavaForConditionalGeneration` throughout.
+{article} {family} of {parameters:.1f} million parameters that describes drawn scenes of coloured
+shapes and answers questions about them. It exists for learning: small enough to be trained, taken
+apart and run on a laptop, and built like the large one.
 
 ```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+import vlmlib
 
-model = LlavaForConditionalGeneration.from_pretrained("{folder}", dtype="float32")
-processor = AutoProcessor.from_pretrained("{folder}")
-prompt = "USER: <image>\\nWhat is left of the red circle? ASSISTANT:"
-inputs = processor(images=picture, text=prompt, return_tensors="pt")
-print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+model = vlmlib.load("{folder}")
+print(vlmlib.answer(model, [picture, "What is left of the red circle?"]))
 ```
-
+{transformers}
 | part | size |
 |---|---|
 {sizes}
-
-The tower's last layer adds nothing: LLaVA reads the layer before it, so it was never trained and
-is stored as zeros where it would write.
-
+{unread}
 ## Training
 
 {training}
 
-Training scenes and the scenes measured below come from different seeds, and a scene with the same
-things at the same places as a measured one is left out of training.
+Training data and what is measured below come from different seeds, and content with the same
+things at the same places as measured content is left out of training.
 
 ## Measured
 
-`{command}`: {scenes:,} held-out scenes, one question of every kind that a scene allows,
-pictures of {pixels} x {pixels} pixels, fp16 weights run in fp32, greedy decoding. An answer
-counts if it is right letter by letter.
+`{command}`: held-out seeds, one question of every kind that a picture or clip allows, plain scenes
+and clips of {pixels} x {pixels} pixels, fp16 weights run in fp32, greedy decoding, the questions
+about a picture one after the other on one cache. An answer counts if it is right letter by letter.
 
 {table}
-
+{ablation}
 ## What it cannot do
 
-It knows nothing but these scenes: one to five shapes ({shapes}) in six colours and two sizes on a
-grid of three by three places, on a plain light or dark background, a large one sometimes with one
-of the characters {labels}. On photographs, on other drawings, on two pictures at once or on
-questions of another kind it answers in the same words and is wrong. "Left of" and "right of" mean
-the same row, "above" and "below" the same column.
+It knows nothing but these scenes: {knows}. On photographs, on other drawings, on two pictures at
+once or on questions of another kind it answers in the same words and is wrong. "Left of" and
+"right of" mean the same row, "above" and "below" the same column.
 
-Licence: Apache-2.0, weights and pictures alike. All training data were drawn by
-`vlmlib/tiny/scenes.py`.
+Licence: Apache-2.0, weights and pictures alike. All training data were drawn by `vlmlib.tiny`.
+"""
+
+TRANSFORMERS = """
+transformers loads it too, as `{class_name}`.
+"""
+
+UNREAD = """
+The tower's last layer adds nothing: the layer before it is read, so it was never trained and is
+stored as zeros where it would write.
 """
 
 
 def model_card(
-    folder: Path, model: LlavaForConditionalGeneration, numbers: dict, command: str, pixels: int
+    folder: Path, model: VisionLanguageModel, numbers: dict, command: str, pixels: int
 ) -> str:
     """The README of a checkpoint; every number in it is computed."""
+    native = model.family != "nvila"
+    hits = numbers.get("print", {}).get("attention_hits")
+    knows = "; ".join(KNOWS[content] for content in numbers)
     return CARD.format(
+        name=folder.name,
         folder=folder.as_posix(),
-        parameters=model.num_parameters() / 1e6,
+        library="library_name: transformers\n" if native else "",
+        article="An" if FAMILIES[model.family][0] in "IN" else "A",
+        family=FAMILIES[model.family],
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        transformers=TRANSFORMERS.format(class_name=type(model.net).__name__) if native else "",
         sizes=_sizes(folder, model),
-        training=_training(folder / "training_log.jsonl"),
+        unread="" if model.family == "internvl" else UNREAD,
+        training=_training(folder / "training_log.jsonl", folder.name),
         command=command,
-        scenes=numbers["scenes"],
         pixels=pixels,
         table=table(numbers),
-        shapes=", ".join(SHAPES),
-        labels=" ".join(LABELS),
+        ablation=ABLATION.format(hits=", ".join(f"{h:.0%}" for h in hits)) if hits else "",
+        knows=knows.format(shapes=", ".join(SHAPES), labels=" ".join(LABELS)),
     )
 
 
-def _sizes(folder: Path, model: LlavaForConditionalGeneration) -> str:
-    vision, text = model.config.vision_config, model.config.text_config
-    size = sum(file.stat().st_size for file in folder.glob("*") if file.name != "README.md")
+def _sizes(folder: Path, model: VisionLanguageModel) -> str:
+    """Rows of a Markdown table: what the parts are."""
+    learnt = parts(model)
+    vision, text = learnt["tower"].config, learnt["language"].config
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != "README.md"]
+    shapes = [p.shape for p in learnt["projector"].parameters() if p.dim() == 2]
+    widths = " -> ".join(str(n) for n in (shapes[0][1], *(shape[0] for shape in shapes)))
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     rows = {
-        "picture": f"{vision.image_size} px in patches of {vision.patch_size}: "
-        f"{model.config.image_seq_length} tokens",
-        "CLIP tower": f"{vision.num_hidden_layers} layers of width {vision.hidden_size}, "
-        f"feature layer {model.config.vision_feature_layer} without CLS",
-        "projector": f"{vision.hidden_size} -> {text.hidden_size} -> {text.hidden_size}, GELU",
-        "Llama": f"{text.num_hidden_layers} layers of width {text.hidden_size}, "
-        f"{text.vocab_size} tokens, up to {text.max_position_embeddings:,} positions",
-        "folder": f"{size / 1e6:.1f} MB, weights in fp16",
+        "tile": f"{model.image_processor.crop_height} px in patches of {patch}",
+        "visual tokens": ", ".join(
+            f"{image_tokens(model, side, side)} of a picture of {side} px" for side in (112, 336)
+        ),
+        TOWERS[model.family]: f"{vision.num_hidden_layers} layers of width {vision.hidden_size}",
+        "projector": f"{widths}, GELU",
+        text.model_type.capitalize(): f"{text.num_hidden_layers} layers of width "
+        f"{text.hidden_size}, {text.vocab_size} tokens, up to "
+        f"{text.max_position_embeddings:,} positions",
+        "folder": f"{sum(f.stat().st_size for f in files) / 1e6:.1f} MB, weights in fp16",
     }
     return "\n".join(f"| {part} | {what} |" for part, what in rows.items())
 
 
-def _training(log: Path) -> str:
+def _training(log: Path, model: str) -> str:
     """What the training log says about the run and its parts."""
     if not log.exists():
         return "No training log came with this checkpoint."
@@ -250,19 +412,25 @@ def _training(log: Path) -> str:
     recipe = starts[-1]["recipe"]
     asked = " and then ".join(dict.fromkeys(str(entry["recipe"]["asked"]) for entry in starts))
     commands = "\n".join(
-        f"python -m vlmlib.tiny.train --out DIR --steps {entry['recipe']['steps']}"
+        f"python -m vlmlib.tiny.train --model {model} --out DIR --steps {entry['recipe']['steps']}"
+        + (f" --start {entry['started_from']}" if entry.get("started_from") else "")
         + (f" --resume  # from step {entry['start']:,}" if entry["start"] else "")
         for entry in starts
     )
     return (
-        f"From scratch, in {_seconds(entries) / 60:.0f} minutes on "
+        f"{_origin(starts)}, in {_seconds(entries) / 60:.0f} minutes on "
         f"{starts[-1]['machine']}:\n\n```\n{commands}\n```\n\n"
-        f"{losses[-1]['step']:,} steps of {recipe['batch_size']} pictures, drawn on the fly. In "
-        f"the first {recipe['look_steps']:,} steps the tower learnt alone to name shape, colour, "
-        f"size and label of every patch; then all parts learnt from about {asked} "
+        f"{losses[-1]['step']:,} steps of {recipe['batch_size']} pictures or clips, drawn on the "
+        f"fly. In the first {recipe['look_steps']:,} steps the tower learnt alone to name shape, "
+        f"colour, size and print of every patch; then all parts learnt from about {asked} "
         f"questions about each picture. Loss per answer token: {losses[0]['loss']:.2f} when that "
         f"began, {losses[-1]['loss']:.4f} at the end.{_reweighted(starts)}"
     )
+
+
+def _origin(starts: Sequence[dict]) -> str:
+    began_with = starts[0].get("started_from")
+    return f"Begun with the weights of `{began_with}`" if began_with else "From scratch"
 
 
 def _reweighted(starts: Sequence[dict]) -> str:
@@ -286,26 +454,20 @@ def _seconds(entries: Sequence[dict]) -> float:
     return total
 
 
-def load(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The saved model in fp32, and its processor."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     if options.seed + options.scenes > len(HELD_OUT):
         raise SystemExit(f"only the seeds below {len(HELD_OUT)} are held out")
-    model, processor = load(options.checkpoint)
+    model = load(options.checkpoint, device="cpu", dtype=torch.float32)
+    contents = options.content or list(MIXES.get(options.checkpoint.name, MIXES["tiny-llava"]))
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        left = (time.monotonic() - began) * (total - done) / done
-        print(f"\r{done:,} of {total:,} questions, {left:.0f} s left ", end="", flush=True)
+        seconds = time.monotonic() - began
+        print(f"\r{done:,} of {total:,} pictures or clips, {seconds:.0f} s ", end="", flush=True)
 
     seeds = range(options.seed, options.seed + options.scenes)
-    graded = grade(model, processor, seeds, pixels=options.pixels, progress=progress)
-    numbers = summary(graded)
+    numbers = measure(model, contents, seeds, options.pixels, progress)
     print(f"\n\n{table(numbers)}")
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
@@ -319,12 +481,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measure a checkpoint on held-out scenes and write its model card."
+        description="Measure a checkpoint on held-out scenes and clips and write its model card."
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--scenes", type=int, default=1_000)
+    parser.add_argument("--scenes", type=int, default=1_000, help="how many of each content")
     parser.add_argument("--seed", type=int, default=0, help="first held-out seed")
-    parser.add_argument("--pixels", type=int, default=112, help="side of the drawn pictures")
+    parser.add_argument("--pixels", type=int, default=112, help="side of plain scenes and clips")
+    parser.add_argument(
+        "--content", choices=tuple(TITLES), action="append", help="default: what it learnt from"
+    )
     parser.add_argument("--json", type=Path, help="write all numbers here")
     return parser.parse_args(arguments)
 

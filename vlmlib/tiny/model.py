@@ -1,32 +1,57 @@
-"""The model: LLaVA-1.5 in miniature, out of transformers' own parts.
+"""The models: LLaVA-1.5, NVILA and InternVL3 in miniature, out of the same parts as the large ones.
 
-CLIP tower -> features of the second-to-last layer without CLS -> two-layer projector -> Llama.
-Only the sizes differ from `llava-hf/llava-1.5-7b-hf`; code, file layout and chat format are alike.
+    tiny-llava      CLIP, two-layer projector, Llama: the layout of llava-hf/llava-1.5-7b-hf
+    tiny-nvila      SigLIP at two scales, folding projector, Qwen2: the layout of NVILA-8B
+    tiny-internvl   InternVL's tower, folding projector, Qwen2: the layout of InternVL3-1B-hf
+
+Only the sizes differ from the published models; code, file layout and chat format are alike. The
+parts are as large in all three, so that what one has learnt can start another (`warm_start`).
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
-from .tokenizer import IMAGE
+from ..images import ImageProcessor
+from ..internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, InternVL
+from ..llava import Llava
+from ..model import VisionLanguageModel
+from ..nvila import NVILA
+from ..nvila_checkpoint import NVILAConfig
+from ..nvila_model import MEDIA_TOKENS
+from ..tokenization import VIDEO_TOKEN
+from .scenes import draw, random_scene
+from .tokenizer import IMAGE, build_qwen_tokenizer, build_tokenizer
 
-PIXELS, PATCH = 112, 14
+PIXELS, PATCH, LAYERS = 112, 14, 4
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
+FOLDED_TOKENS = IMAGE_TOKENS // 4
+MAX_TILES = 9
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
-CHAT_TEMPLATE = (
+LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -37,34 +62,73 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% elif part['type'] == 'video' %}{{ '<video>\\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+TOWER = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_attention_heads": 5,
+    "image_size": PIXELS,
+    "patch_size": PATCH,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Of all three. CLIP and SigLIP have one layer more, which is never read."""
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """The sizes. The tower has four layers that are read and a last one that never is."""
-    vision = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        image_size=PIXELS,
-        patch_size=PATCH,
-        projection_dim=160,
+def _language(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """Sizes of the language model, Llama or Qwen2."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 160,
+        "intermediate_size": 432,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build(name: str, seed: int = 0) -> VisionLanguageModel:
+    """The model of this name with fresh weights that depend on `seed` only."""
+    if name not in BUILDERS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(BUILDERS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BUILDERS[name]()
+    model.name = name
+    model.net.generation_config = GenerationConfig(
+        bos_token_id=model.tokenizer.bos_token_id,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=model.tokenizer.pad_token_id,
+        max_new_tokens=128,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+    return model
+
+
+def _processor(**changes) -> ImageProcessor:
+    return ImageProcessor(PIXELS, PIXELS, PIXELS, MEAN, STD, **changes)
+
+
+def _build_llava() -> Llava:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = LLAVA_TEMPLATE
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER, num_hidden_layers=LAYERS + 1, projection_dim=160),
+        text_config=LlamaConfig(**_language(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-2,
@@ -72,67 +136,206 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
     )
+    return Llava(LlavaForConditionalGeneration(config).eval(), tokenizer, _processor())
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A model with fresh weights that depend on `seed` only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(build_config(tokenizer))
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=128,
+def _build_nvila() -> NVILA:
+    tokenizer = build_qwen_tokenizer([MEDIA_TOKENS["video"]])
+    config = NVILAConfig(
+        image_aspect_ratio="dynamic_s2",
+        max_tiles=MAX_TILES,
+        num_video_frames=8,
+        dynamic_s2=True,
+        s2_scales=f"{PIXELS},{2 * PIXELS}",
+        s2_resize_output_to_scale_idx=-1,
+        chat_template="qwen2",
+        llm_cfg=_language(tokenizer),
+        vision_tower_cfg={**TOWER, "num_hidden_layers": LAYERS + 1},
+        mm_projector_cfg={"mm_projector_type": "mlp_downsample"},
     )
-    return model
+    return NVILA(config, tokenizer, _processor())
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures to 112 x 112, `<image>` to 64 tokens, messages to LLaVA's chat format."""
+def _build_internvl() -> InternVL:
+    media = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN, VIDEO_TOKEN)
+    tokenizer = build_qwen_tokenizer(media)
+    tokenizer.chat_template = INTERNVL_TEMPLATE
+    vision = {**TOWER, "image_size": [PIXELS, PIXELS], "patch_size": [PATCH, PATCH]}
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            **vision, num_hidden_layers=LAYERS, attention_bias=True, layer_scale_init_value=1.0
+        ),
+        text_config=Qwen2Config(**_language(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN),
+        image_seq_length=FOLDED_TOKENS,
+        downsample_ratio=0.5,
+        tie_word_embeddings=True,
+    )
+    net = InternVLForConditionalGeneration(config).eval()
+    nn.init.normal_(net.model.vision_tower.embeddings.position_embeddings, std=0.02)  # were zero
+    return InternVL(net, tokenizer, _processor(max_patches=MAX_TILES))
+
+
+BUILDERS = {
+    "tiny-llava": _build_llava,
+    "tiny-nvila": _build_nvila,
+    "tiny-internvl": _build_internvl,
+}
+
+
+def parts(model: VisionLanguageModel) -> nn.ModuleDict:
+    """All that learns, under names that the three models share."""
+    nvila, net = isinstance(model, NVILA), model.net
+    return nn.ModuleDict(
+        {
+            "tower": model.vision_tower.net if nvila else net.model.vision_tower,
+            "projector": model.mm_projector if nvila else net.model.multi_modal_projector,
+            "language": net.get_decoder(),
+            "head": net.lm_head,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------ warm start
+
+
+CLIP_NAMES = {
+    "patch_embeddings.projection": "patch_embedding",
+    "position_embeddings": "position_embedding.weight",
+    "cls_token": "class_embedding",
+    "encoder.layer.": "encoder.layers.",
+    "layernorm_before": "layer_norm1",
+    "layernorm_after": "layer_norm2",
+    "attention.projection_layer": "self_attn.out_proj",
+    "attention.": "self_attn.",
+}
+"""What InternVL's tower calls a thing, and what CLIP and SigLIP call it."""
+
+
+PATCHES, PLACES = "tower.embeddings.patch_embedding", "tower.embeddings.position_embedding.weight"
+CLASS = "tower.embeddings.class_embedding"
+
+
+@torch.no_grad()
+def warm_start(model: VisionLanguageModel, source: Llava) -> list[str]:
+    """Copy from a tiny LLaVA what has the same meaning; returns the names of what was copied.
+
+    These are the layers of the tower and of the language model, the embeddings of the vocabulary
+    that both have and those of patches and places. CLIP alone normalises these; for another tower
+    that is folded into the weights, with the spread of a typical picture.
+    """
+    same = isinstance(model, Llava)
+    theirs = dict(parts(source).named_parameters())
+    theirs = theirs if same else theirs | _normed_embeddings(theirs, source)
+    copied = []
+    for name, parameter in parts(model).named_parameters():
+        value = theirs.get(_clip_name(name))
+        if value is None or not (same or name.startswith(("tower.", "language."))):
+            continue
+        if name == "language.embed_tokens.weight":
+            parameter[: len(value)] = value
+        else:  # SigLIP has no place for a class token; InternVL's has an axis more
+            rows = parameter.shape[-2] if _clip_name(name) == PLACES else len(value)
+            parameter.copy_(value[-rows:].reshape(parameter.shape))
+        copied.append(name)
+    return copied
+
+
+def _clip_name(name: str) -> str:
+    """The name in CLIP of a parameter of any of the towers; other names stay."""
+    if not name.startswith("tower."):
+        return name
+    for theirs, clip in CLIP_NAMES.items():
+        name = name.replace(theirs, clip)
+    return name
+
+
+def _normed_embeddings(weights: dict[str, Tensor], source: Llava) -> dict[str, Tensor]:
+    """Embeddings of patches, places and class whose sum is CLIP's behind its first norm."""
+    tower = source.net.model.vision_tower
+    embedded = tower.embeddings(source.prepare([draw(random_scene(0))])[0].pixels)
+    spread = embedded[:, 1:].std(dim=-1, correction=0).mean()
+    scale, shift = tower.pre_layrnorm.weight / spread, tower.pre_layrnorm.bias
+    patches, places = weights[f"{PATCHES}.weight"], weights[PLACES]
+    places = (places - places.mean(dim=1, keepdim=True)) * scale
+    return {
+        f"{PATCHES}.weight": (patches - patches.mean(dim=0)) * scale[:, None, None, None],
+        f"{PATCHES}.bias": shift,
+        PLACES: places,
+        CLASS: tower.pre_layrnorm(embedded[0, 0]) - places[0],
+    }
+
+
+# ---------------------------------------------------------------------------------- saving
+
+
+def save(model: VisionLanguageModel, folder: Path) -> None:
+    """Write a checkpoint folder in fp16; each file appears whole or not at all."""
+    staging = folder.with_name(f".{folder.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    half = copy.deepcopy(model)
+    for part in parts(half).values():
+        part.half()
+    if not isinstance(model, InternVL):
+        _silence_unread_layer(parts(half)["tower"])
+    WRITERS[half.family](half, staging)
+    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+        place = folder / file.relative_to(staging)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.chmod(0o644)
+        file.replace(place)
+    shutil.rmtree(staging)
+
+
+def _write_llava(model: Llava, folder: Path) -> None:
+    tokenizer = model.tokenizer
+    model.net.save_pretrained(folder)
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
     )
-    return LlavaProcessor(
+    processor = LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE,
         num_additional_image_tokens=1,
     )
-
-
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write a checkpoint folder in fp16; each file appears whole or not at all."""
-    staging = folder.with_name(f".{folder.name}.staging")
-    staging.mkdir(parents=True, exist_ok=True)
-    half = LlavaForConditionalGeneration(model.config)
-    half.load_state_dict(model.state_dict())
-    half.generation_config = model.generation_config
-    _silence_unread_layer(half)
-    half.half().save_pretrained(staging)
-    processor.save_pretrained(staging)
-    processor.image_processor.save_pretrained(staging)
-    _write_special_tokens(processor.tokenizer, staging)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(staging.iterdir()):
-        file.chmod(0o644)
-        file.replace(folder / file.name)
-    staging.rmdir()
-
-
-@torch.no_grad()
-def _silence_unread_layer(model: LlavaForConditionalGeneration) -> None:
-    """Zero what the last tower layer adds: LLaVA reads the layer before it, so it never learnt."""
-    last = model.model.vision_tower.encoder.layers[-1]
-    for linear in (last.self_attn.out_proj, last.mlp.fc2):
-        linear.weight.zero_()
-        linear.bias.zero_()
-
-
-def _write_special_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """`special_tokens_map.json`, for readers of the older layout."""
+    processor.save_pretrained(folder)
+    pictures.save_pretrained(folder)
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")
     text = json.dumps({name: getattr(tokenizer, name) for name in names}, indent=2)
     (folder / "special_tokens_map.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_nvila(model: NVILA, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def _write_internvl(model: InternVL, folder: Path) -> None:
+    processor = model.image_processor
+    model.net.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    GotOcr2ImageProcessorPil(
+        size={"height": PIXELS, "width": PIXELS},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        crop_to_patches=True,
+        min_patches=processor.min_patches,
+        max_patches=processor.max_patches,
+    ).save_pretrained(folder)
+    text = {"processor_class": "InternVLProcessor", "image_seq_length": FOLDED_TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+WRITERS = {"llava": _write_llava, "nvila": _write_nvila, "internvl": _write_internvl}
+
+
+@torch.no_grad()
+def _silence_unread_layer(tower: nn.Module) -> None:
+    """Zero what the last layer adds: the layer before it is read, so it never learnt."""
+    last = tower.encoder.layers[-1]
+    for linear in (last.self_attn.out_proj, last.mlp.fc2):
+        linear.weight.zero_()
+        linear.bias.zero_()

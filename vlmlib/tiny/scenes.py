@@ -704,10 +704,11 @@ def example_scenes() -> dict[str, Scene]:
 
 def _answered_by(checkpoint: Path) -> Callable[[Image.Image, QA], bool]:
     """A test whether the model of this folder answers a question right."""
-    from .evaluate import answer, load  # the drawing itself needs no torch
+    from ..loading import load  # the drawing itself needs no torch
+    from ..streaming import answer
 
-    model, processor = load(checkpoint)
-    return lambda picture, qa: answer(model, processor, [picture], [qa.question])[0] == qa.answer
+    model = load(checkpoint, device="cpu")
+    return lambda picture, qa: answer(model, [picture, qa.question]) == qa.answer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

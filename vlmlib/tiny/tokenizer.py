@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer for the scene texts, with the special tokens of LLaVA-1.5.
+"""A byte-level BPE tokenizer for the scene texts, with the special tokens of LLaVA-1.5 or of Qwen2.
 
 Byte level means that every text can be written down, also one the training never saw: what has no
 token of its own falls apart into bytes, and decoding gives the same text back.
@@ -7,15 +7,17 @@ token of its own falls apart into bytes, and decoding gives the same text back.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .scenes import questions, train_scene
 
 VOCABULARY = 512
 UNKNOWN, BOS, EOS, IMAGE, PAD = SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+TURN_START, TURN_END, END_OF_TEXT = QWEN = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def scene_texts(scenes: int) -> Iterator[str]:
@@ -25,11 +27,9 @@ def scene_texts(scenes: int) -> Iterator[str]:
             yield f"USER: \n{qa.question} ASSISTANT: {qa.answer}"
 
 
-def build_tokenizer(vocabulary: int = VOCABULARY, scenes: int = 1_000) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocabulary` tokens that puts `<s>` first, as Llama's does."""
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL)
-    if vocabulary < smallest:
-        raise ValueError(f"a byte-level vocabulary needs {smallest} tokens or more: {vocabulary}")
+@cache
+def _trained(vocabulary: int, scenes: int) -> str:
+    """The JSON of a tokenizer without anything around its texts; always the same one."""
     core = Tokenizer(models.BPE(unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -42,6 +42,15 @@ def build_tokenizer(vocabulary: int = VOCABULARY, scenes: int = 1_000) -> PreTra
             show_progress=False,
         ),
     )
+    return core.to_str()
+
+
+def build_tokenizer(vocabulary: int = VOCABULARY, scenes: int = 1_000) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocabulary` tokens that puts `<s>` first, as Llama's does."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL)
+    if vocabulary < smallest:
+        raise ValueError(f"a byte-level vocabulary needs {smallest} tokens or more: {vocabulary}")
+    core = Tokenizer.from_str(_trained(vocabulary, scenes))
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -54,6 +63,24 @@ def build_tokenizer(vocabulary: int = VOCABULARY, scenes: int = 1_000) -> PreTra
         eos_token=EOS,
         pad_token=PAD,
         extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_qwen_tokenizer(media: Sequence[str], scenes: int = 1_000) -> PreTrainedTokenizerFast:
+    """The vocabulary of `build_tokenizer` with the same ids, and behind it the tokens of Qwen2's
+    chat format and those that a family writes around its `media`. Nothing stands before a text.
+    """
+    core = Tokenizer.from_str(_trained(VOCABULARY, scenes))
+    core.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokens = (AddedToken(token, special=True, normalized=False) for token in (*QWEN, *media))
+    core.add_special_tokens(list(tokens))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
         padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,

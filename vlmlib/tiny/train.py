@@ -1,12 +1,13 @@
-"""Train the tiny LLaVA from scratch on a laptop.
+"""Train a small model on a laptop.
 
     python -m vlmlib.tiny.train --out data/checkpoints/tiny-llava      # the whole run
     python -m vlmlib.tiny.train --out /tmp/smoke --minutes 1           # does it learn at all?
+    python -m vlmlib.tiny.train --model tiny-nvila --start data/checkpoints/tiny-llava --out ...
 
 The recipe: Muon for the matrices inside the layers and AdamW for the rest; a warm-up, a flat
 stretch and a linear decay; bf16 arithmetic, fp32 weights. First the tower learns to look: a loss
-reads shape, colour, size and label from every picture patch. Then all parts learn to answer, and
-the patch loss fades out.
+reads shape, colour, size, label and small print from every picture patch. Then all parts learn to
+answer, and the patch loss fades out. With `--start` a model begins with what a tiny LLaVA knows.
 
 Next to the checkpoint folder stands `NAME.state.pt` with all that `--resume` needs to go on
 exactly as if the run had never stopped.
@@ -28,23 +29,35 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .data import IGNORE, PATCH_CLASSES, WEIGHTS, Batch, Stream, attention_mask
+from ..loading import load
+from ..model import VisionLanguageModel
+from ..tokenization import IMAGE_TOKEN_INDEX
+from .data import (
+    CLIP_WEIGHTS,
+    IGNORE,
+    MIXES,
+    PATCH_CLASSES,
+    PRINT_WEIGHTS,
+    WEIGHTS,
+    Batch,
+    Stream,
+    attention_mask,
+)
 from .evaluate import by_kind, grade
-from .model import build_model, build_processor, save
+from .model import BUILDERS, build, parts, save, warm_start
 from .scenes import VALIDATION
-from .tokenizer import build_tokenizer
 
 Report = Callable[[dict], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All numbers of a run."""
+    """All choices of a run."""
 
-    steps: int = 8_000
+    model: str = "tiny-llava"
+    steps: int = 7_000
     look_steps: int = 2_000
     batch_size: int = 32
     asked: int = 10
@@ -80,22 +93,21 @@ class Recipe:
 
 
 class PatchReader(nn.Module):
-    """Reads shape, colour, size and label off every patch. Thrown away after training."""
+    """Reads what `patch_targets` names off every patch. Thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in PATCH_CLASSES)
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """(b, p, width) features, (b, 4, p) classes -> mean cross-entropy."""
-        losses = [
-            F.cross_entropy(
-                head(features).flatten(0, 1).float(),
-                targets[:, plane].flatten(),
-                weight=_mostly_things(head.out_features),
-            )
-            for plane, head in enumerate(self.heads)
-        ]
+        """(t, p, width) features, (t, 5, p) classes -> mean cross-entropy of what can be read."""
+        losses = []
+        for plane, head in enumerate(self.heads):
+            known = targets[:, plane] != IGNORE
+            if known.any():
+                logits = head(features[known]).float()
+                weight = _mostly_things(head.out_features)
+                losses.append(F.cross_entropy(logits, targets[:, plane][known], weight=weight))
         return torch.stack(losses).mean()
 
 
@@ -105,22 +117,26 @@ def _mostly_things(classes: int) -> Tensor:
 
 
 class Trainer:
-    """Model, patch reader, two optimizers and the number of the next step."""
+    """Model, patch reader, two optimizers and the number of the next step.
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    The patch reader and the optimizers see the model as its `parts`.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.step = 0
-        self.model = build_model(tokenizer, recipe.seed)
-        self.model.set_attn_implementation("eager")
-        embed_patches_by_matrix(self.model)
-        self.processor = build_processor(tokenizer)
+        self.model = build(recipe.model, recipe.seed)
+        self.parts = parts(self.model)
+        for name in ("tower", "language"):
+            self.parts[name].set_attn_implementation("eager")
+        embed_patches_by_matrix(self.parts)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.reader = PatchReader(self.model.config.vision_config.hidden_size)
+            self.reader = PatchReader(self.parts["tower"].config.hidden_size)
         self.optimizers = self._build_optimizers()
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = split_parameters(self.model)
+        matrices, others = split_parameters(self.parts)
         r = self.recipe
         return [
             torch.optim.Muon(matrices, lr=r.muon_rate, weight_decay=r.weight_decay),
@@ -136,7 +152,7 @@ class Trainer:
         """One update; returns the losses by name."""
         self._set_rates()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = picture_features(self.model, self.pixel_values(batch))
+            features = self.model.tower_features(batch.pixels)
             patch_loss = self.reader(features, batch.patches)
             loss = self.recipe.patch_weight(self.step) * patch_loss
             losses = {"patch_loss": patch_loss.item()}
@@ -159,17 +175,11 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
 
-    def pixel_values(self, batch: Batch) -> Tensor:
-        """(b, h, w, 3) bytes -> (b, 3, h, w) floats, normalised as the processor does."""
-        mean = torch.tensor(self.processor.image_processor.image_mean)
-        std = torch.tensor(self.processor.image_processor.image_std)
-        return ((batch.pixels / 255 - mean) / std).permute(0, 3, 1, 2)
-
     def state(self) -> dict:
         return {
             "step": self.step,
             "recipe": asdict(self.recipe),
-            "model": self.model.state_dict(),
+            "parts": self.parts.state_dict(),
             "reader": self.reader.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -177,7 +187,7 @@ class Trainer:
     def load_state(self, state: dict) -> None:
         """The inverse of `state`; the recipe stays the trainer's own."""
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        self.parts.load_state_dict(state["parts"])
         self.reader.load_state_dict(state["reader"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -190,49 +200,49 @@ class PatchMatrix(nn.Conv2d):
         """(b, 3, h, w) pictures -> (b, width, rows, columns)."""
         y, x = self.kernel_size
         patches = rearrange(pixel_values, "b c (h y) (w x) -> b h w (c y x)", y=y, x=x)
-        return rearrange(F.linear(patches, self.weight.flatten(1)), "b h w d -> b d h w")
+        out = F.linear(patches, self.weight.flatten(1), self.bias)
+        return rearrange(out, "b h w d -> b d h w")
 
 
-def embed_patches_by_matrix(model: LlavaForConditionalGeneration) -> None:
-    """Put a `PatchMatrix` with the same weights in the place of the tower's convolution."""
-    embeddings = model.model.vision_tower.embeddings
-    old = embeddings.patch_embedding
-    new = PatchMatrix(old.in_channels, old.out_channels, old.kernel_size, old.stride, bias=False)
-    new.weight = old.weight
-    embeddings.patch_embedding = new
+def embed_patches_by_matrix(root: nn.Module) -> None:
+    """Put a `PatchMatrix` with the same weights in the place of every convolution of patches."""
+    for parent in list(root.modules()):
+        for name, old in list(parent.named_children()):
+            if type(old) is nn.Conv2d and old.kernel_size == old.stride:
+                shape = (old.in_channels, old.out_channels, old.kernel_size, old.stride)
+                new = PatchMatrix(*shape, bias=old.bias is not None)
+                new.weight, new.bias = old.weight, old.bias
+                setattr(parent, name, new)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices inside layers, for Muon; embeddings, norms, biases and the rest, for AdamW)."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        inside = "layers." in name or "projector" in name
+        inside = ".layer" in name or "projector" in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return matrices, others
 
 
-def picture_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
-    """(b, 3, h, w) pictures -> (b, p, width), the features that LLaVA selects at inference."""
-    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    return states[model.config.vision_feature_layer][:, 1:]
-
-
 def answer_logits(
-    model: LlavaForConditionalGeneration, features: Tensor, batch: Batch
+    model: VisionLanguageModel, features: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """Logits (answer tokens, vocabulary) for every token to be learnt, and what it is."""
-    llava = model.model
-    image = batch.ids == model.config.image_token_id
-    embeddings = llava.language_model.embed_tokens(batch.ids)
-    projected = llava.multi_modal_projector(features)
-    hidden = llava.language_model(
-        inputs_embeds=embeddings.masked_scatter(image[..., None], projected.to(embeddings.dtype)),
-        attention_mask=attention_mask(batch.blocks, projected.dtype),
+    """Logits (answer tokens, vocabulary) for every token to be learnt, and what it is; features
+    (t, p, c) are the tower's.
+    """
+    tiles = features.split(batch.tiles)
+    projected = [model.project(f, m) for f, m in zip(tiles, batch.media, strict=True)]
+    placed = batch.ids == IMAGE_TOKEN_INDEX
+    embeddings = model.embed(batch.ids.masked_fill(placed, 0))
+    values = torch.cat(projected).to(embeddings.dtype)
+    hidden = model.net.get_decoder()(
+        inputs_embeds=embeddings.masked_scatter(placed[..., None], values),
+        attention_mask=attention_mask(batch.blocks, projected[0].dtype),
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state
     learn = batch.targets[:, 1:] != IGNORE
-    return model.lm_head(hidden[:, :-1][learn]), batch.targets[:, 1:][learn]
+    return model.net.lm_head(hidden[:, :-1][learn]), batch.targets[:, 1:][learn]
 
 
 def run(
@@ -273,7 +283,7 @@ def run(
 def batches(trainer: Trainer, workers: int) -> Iterator[Batch]:
     """The batches from the trainer's next step on, made in the background."""
     r = trainer.recipe
-    stream = Stream(trainer.processor.tokenizer, r.batch_size, r.seed, r.asked, r.look_steps)
+    stream = Stream(trainer.model, r.batch_size, r.seed, r.asked, r.look_steps)
     yield from DataLoader(
         stream,
         batch_size=None,
@@ -283,9 +293,11 @@ def batches(trainer: Trainer, workers: int) -> Iterator[Batch]:
     )
 
 
-def probe(trainer: Trainer, scenes: int = 64) -> dict[str, float]:
-    """Share of right answers of each kind on a few validation scenes."""
-    table = by_kind(grade(trainer.model, trainer.processor, VALIDATION[:scenes]))
+def probe(trainer: Trainer, scenes: int = 32) -> dict[str, float]:
+    """Share of right answers of each kind on a few validation scenes and clips."""
+    table = {}
+    for content in MIXES[trainer.recipe.model]:
+        table |= by_kind(grade(trainer.model, content, VALIDATION[:scenes]))
     return {kind: round(row["right"], 3) for kind, row in table.items()}
 
 
@@ -296,15 +308,13 @@ def save_state(trainer: Trainer, path: Path) -> None:
     staging.replace(path)
 
 
-def load_trainer(
-    path: Path, tokenizer: PreTrainedTokenizerFast, steps: int | None = None
-) -> Trainer:
+def load_trainer(path: Path, steps: int | None = None) -> Trainer:
     """A trainer that goes on where the state file stopped; only the number of steps may change."""
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: {path} does not exist")
     state = torch.load(path, weights_only=True)
     recipe = Recipe(**state["recipe"])
-    trainer = Trainer(replace(recipe, steps=steps or recipe.steps), tokenizer)
+    trainer = Trainer(replace(recipe, steps=steps or recipe.steps))
     trainer.load_state(state)
     return trainer
 
@@ -319,9 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     log = options.out / "training_log.jsonl"
     if options.resume:
-        trainer = load_trainer(state_path(options.out), build_tokenizer(), options.steps)
+        trainer = load_trainer(state_path(options.out), options.steps)
     else:
-        trainer = Trainer(_recipe(options), build_tokenizer())
+        trainer = Trainer(_recipe(options))
+        if options.start:
+            warm_start(trainer.model, load(options.start, device="cpu"))
         options.out.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
     recipe = trainer.recipe
@@ -338,13 +350,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def checkpoint() -> None:
         save_state(trainer, state_path(options.out))
-        save(trainer.model, trainer.processor, options.out)
+        save(trainer.model, options.out)
 
     report(
         {
             "start": trainer.step,
             "recipe": asdict(recipe),
-            "weights": WEIGHTS,
+            "weights": WEIGHTS | PRINT_WEIGHTS | CLIP_WEIGHTS,
+            "started_from": options.start and options.start.as_posix(),
             "machine": machine(options.threads),
         }
     )
@@ -357,7 +370,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of a fresh run; a run against the clock starts to answer at once."""
     steps = options.steps or Recipe().steps
     look_steps = 0 if options.minutes else min(Recipe().look_steps, steps // 3)
-    return Recipe(steps=steps, look_steps=look_steps, seed=options.seed)
+    return Recipe(options.model, steps=steps, look_steps=look_steps, seed=options.seed)
 
 
 def machine(threads: int) -> str:
@@ -366,7 +379,9 @@ def machine(threads: int) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the tiny LLaVA from scratch.")
+    parser = argparse.ArgumentParser(description="Train a small model.")
+    parser.add_argument("--model", choices=tuple(BUILDERS), default="tiny-llava")
+    parser.add_argument("--start", type=Path, help="tiny-llava folder to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, help=f"default {Recipe().steps}, or as before")
     parser.add_argument("--seed", type=int, default=0)
