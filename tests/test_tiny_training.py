@@ -137,7 +137,7 @@ def test_a_vocabulary_below_the_bytes_is_refused():
 
 
 def test_qwens_tokenizer_has_the_same_vocabulary_and_begins_with_nothing():
-    llava, qwen = build_tokenizer(), build_qwen_tokenizer(["<img>"])
+    llava, qwen = build_tokenizer(), build_qwen_tokenizer({"start_image_token": "<img>"})
     assert qwen.get_vocab().items() > llava.get_vocab().items()
     assert len(qwen) == len(llava) + 4
     assert qwen("").input_ids == []

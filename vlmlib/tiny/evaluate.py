@@ -166,7 +166,7 @@ def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> list[flo
             x, y, radius = outline(thing, *picture.size)
             peaks = [peak(row, boxes, *picture.size) for row in torch.cat(parts, dim=-1)]
             hits.append([(px - x) ** 2 + (py - y) ** 2 <= radius**2 for px, py in peaks])
-    return torch.tensor(hits, dtype=torch.float).mean(dim=0).tolist()
+    return torch.tensor(hits, dtype=torch.float).mean(dim=0).tolist() if hits else []
 
 
 def peak(weights: Tensor, boxes: Tensor, width: int, height: int) -> tuple[int, int]:
@@ -236,7 +236,8 @@ def measure(
         began = time.monotonic()
         numbers[content] = summary(grade(model, content, seeds, pixels, progress=progress))
         numbers[content]["seconds"] = (time.monotonic() - began) / len(seeds)
-        numbers[content]["tokens"] = [visual_tokens(model, content, seed, pixels) for seed in seeds]
+        counts = {visual_tokens(model, content, seed, pixels) for seed in seeds}
+        numbers[content]["tokens"] = sorted(counts)
     if "print" in numbers:
         coarse = grade(model, "print", seeds, change=without_detail, progress=progress)
         numbers["print"]["without_detail"] = by_kind(coarse)
@@ -263,7 +264,7 @@ def table(numbers: dict) -> str:
         tokens = f"{low}" if low == high else f"{low} to {high}"
         rows.append(
             f"| **{TITLES[content]}**: {part['shown']:,} of {tokens} visual tokens, "
-            f"{part['seconds']:.2f} s each | | |"
+            f"{part['seconds']:.2f} s each with all questions | | |"
         )
         for kind, row in part["kinds"].items():
             rows.append(f"| {kind} | {row['n']:,} | {row['right']:.1%} |")
@@ -370,7 +371,7 @@ def model_card(
         transformers=TRANSFORMERS.format(class_name=type(model.net).__name__) if native else "",
         sizes=_sizes(folder, model),
         unread="" if model.family == "internvl" else UNREAD,
-        training=_training(folder / "training_log.jsonl", folder.name),
+        training=_training(folder / "training_log.jsonl"),
         command=command,
         pixels=pixels,
         table=table(numbers),
@@ -402,7 +403,7 @@ def _sizes(folder: Path, model: VisionLanguageModel) -> str:
     return "\n".join(f"| {part} | {what} |" for part, what in rows.items())
 
 
-def _training(log: Path, model: str) -> str:
+def _training(log: Path) -> str:
     """What the training log says about the run and its parts."""
     if not log.exists():
         return "No training log came with this checkpoint."
@@ -412,7 +413,8 @@ def _training(log: Path, model: str) -> str:
     recipe = starts[-1]["recipe"]
     asked = " and then ".join(dict.fromkeys(str(entry["recipe"]["asked"]) for entry in starts))
     commands = "\n".join(
-        f"python -m vlmlib.tiny.train --model {model} --out DIR --steps {entry['recipe']['steps']}"
+        f"python -m vlmlib.tiny.train --model {entry['recipe'].get('model', 'tiny-llava')}"
+        f" --out DIR --steps {entry['recipe']['steps']}"
         + (f" --start {entry['started_from']}" if entry.get("started_from") else "")
         + (f" --resume  # from step {entry['start']:,}" if entry["start"] else "")
         for entry in starts
@@ -459,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seed + options.scenes > len(HELD_OUT):
         raise SystemExit(f"only the seeds below {len(HELD_OUT)} are held out")
     model = load(options.checkpoint, device="cpu", dtype=torch.float32)
-    contents = options.content or list(MIXES.get(options.checkpoint.name, MIXES["tiny-llava"]))
+    contents = options.content or list(MIXES[model.family])
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:

@@ -140,7 +140,7 @@ def _build_llava() -> Llava:
 
 
 def _build_nvila() -> NVILA:
-    tokenizer = build_qwen_tokenizer([MEDIA_TOKENS["video"]])
+    tokenizer = build_qwen_tokenizer({"video_token": MEDIA_TOKENS["video"]})
     config = NVILAConfig(
         image_aspect_ratio="dynamic_s2",
         max_tiles=MAX_TILES,
@@ -157,8 +157,14 @@ def _build_nvila() -> NVILA:
 
 
 def _build_internvl() -> InternVL:
-    media = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN, VIDEO_TOKEN)
-    tokenizer = build_qwen_tokenizer(media)
+    tokenizer = build_qwen_tokenizer(
+        {
+            "start_image_token": IMG_START_TOKEN,
+            "end_image_token": IMG_END_TOKEN,
+            "context_image_token": IMG_CONTEXT_TOKEN,
+            "video_token": VIDEO_TOKEN,
+        }
+    )
     tokenizer.chat_template = INTERNVL_TEMPLATE
     vision = {**TOWER, "image_size": [PIXELS, PIXELS], "patch_size": [PATCH, PATCH]}
     config = InternVLConfig(

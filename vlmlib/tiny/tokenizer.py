@@ -7,7 +7,7 @@ token of its own falls apart into bytes, and decoding gives the same text back.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -69,18 +69,19 @@ def build_tokenizer(vocabulary: int = VOCABULARY, scenes: int = 1_000) -> PreTra
     )
 
 
-def build_qwen_tokenizer(media: Sequence[str], scenes: int = 1_000) -> PreTrainedTokenizerFast:
+def build_qwen_tokenizer(media: Mapping[str, str], scenes: int = 1_000) -> PreTrainedTokenizerFast:
     """The vocabulary of `build_tokenizer` with the same ids, and behind it the tokens of Qwen2's
-    chat format and those that a family writes around its `media`. Nothing stands before a text.
+    chat format and those of a family for its `media`, by name. Nothing stands before a text.
     """
     core = Tokenizer.from_str(_trained(VOCABULARY, scenes))
     core.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokens = (AddedToken(token, special=True, normalized=False) for token in (*QWEN, *media))
-    core.add_special_tokens(list(tokens))
+    tokens = (*QWEN, *media.values())
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
+        extra_special_tokens=dict(media),
         padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,

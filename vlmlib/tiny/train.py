@@ -289,14 +289,14 @@ def batches(trainer: Trainer, workers: int) -> Iterator[Batch]:
         batch_size=None,
         sampler=range(trainer.step, r.steps),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
     )
 
 
 def probe(trainer: Trainer, scenes: int = 32) -> dict[str, float]:
     """Share of right answers of each kind on a few validation scenes and clips."""
     table = {}
-    for content in MIXES[trainer.recipe.model]:
+    for content in MIXES[trainer.model.family]:
         table |= by_kind(grade(trainer.model, content, VALIDATION[:scenes]))
     return {kind: round(row["right"], 3) for kind, row in table.items()}
 
