@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 
 from ..media import Medium, Video
 from ..model import VisionLanguageModel
-from ..tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ..tokenization import IGNORE_INDEX as IGNORE
+from ..tokenization import IMAGE_TOKEN_INDEX
 from .clips import Clip, ask_clip, frames, train_clip
 from .model import PATCH, PIXELS
 from .scenes import (
@@ -45,7 +46,6 @@ from .scenes import (
     train_scene,
 )
 
-IGNORE = IGNORE_INDEX
 PADDING = -1
 
 Source = Image.Image | Video
@@ -85,6 +85,8 @@ MIXES = {
 """What each family learns from. LLaVA takes no clips, and sees too little for small print."""
 
 FRAMES = 8
+
+CONTENTS = {"scene": train_scene, "print": train_detail_scene, "clip": train_clip}
 
 
 @dataclass(slots=True)
@@ -331,25 +333,19 @@ class Stream(Dataset):
         return batch
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
-        kinds = random.Random(f"kind {index}").choices(*zip(*self.mix.items(), strict=True))
-        shown = {"scene": train_scene, "print": train_detail_scene, "clip": train_clip}[kinds[0]](
-            index
-        )
-        rng = random.Random(index)
+        contents, shares = zip(*self.mix.items(), strict=True)
+        (content,) = random.Random(f"content {index}").choices(contents, shares)
+        shown, rng = CONTENTS[content](index), random.Random(index)
         pairs = choose_questions(shown, rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
-        if isinstance(shown, Clip):
+        if content == "clip":
             pictures = frames(shown, FRAMES, PIXELS)
-            scenes = [shown.at(i / (FRAMES - 1)) for i in range(FRAMES)]
-            row = write([Video(pictures)], pairs)
         else:
-            pictures = [draw(shown, size if kinds[0] == "scene" else None)]
-            row = write(pictures, pairs)
-            scenes = [shown] * sum(len(m.pixels) for m in row.media)
+            pictures = [draw(shown, size if content == "scene" else None)]
+        row = write([Video(pictures)] if content == "clip" else pictures, pairs)
         regions = torch.cat([m.shown for m in row.media]).tolist()
-        patches = [
-            patch_targets(scene, pictures[0].size, region)
-            for scene, region in zip(scenes, regions, strict=True)
-        ]
-        return row, np.stack(patches)
+        moments = [i / (FRAMES - 1) for i in range(FRAMES)]
+        scenes = map(shown.at, moments) if content == "clip" else [shown] * len(regions)
+        tiles = zip(scenes, regions, strict=True)
+        return row, np.stack([patch_targets(s, pictures[0].size, r) for s, r in tiles])

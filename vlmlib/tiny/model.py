@@ -217,8 +217,8 @@ CLIP_NAMES = {
 }
 """What InternVL's tower calls a thing, and what CLIP and SigLIP call it."""
 
-
-PATCHES, PLACES = "tower.embeddings.patch_embedding", "tower.embeddings.position_embedding.weight"
+PATCHES = "tower.embeddings.patch_embedding"
+POSITIONS = "tower.embeddings.position_embedding.weight"
 CLASS = "tower.embeddings.class_embedding"
 
 
@@ -241,7 +241,7 @@ def warm_start(model: VisionLanguageModel, source: Llava) -> list[str]:
         if name == "language.embed_tokens.weight":
             parameter[: len(value)] = value
         else:  # SigLIP has no place for a class token; InternVL's has an axis more
-            rows = parameter.shape[-2] if _clip_name(name) == PLACES else len(value)
+            rows = parameter.shape[-2] if _clip_name(name) == POSITIONS else len(value)
             parameter.copy_(value[-rows:].reshape(parameter.shape))
         copied.append(name)
     return copied
@@ -262,12 +262,12 @@ def _normed_embeddings(weights: dict[str, Tensor], source: Llava) -> dict[str, T
     embedded = tower.embeddings(source.prepare([draw(random_scene(0))])[0].pixels)
     spread = embedded[:, 1:].std(dim=-1, correction=0).mean()
     scale, shift = tower.pre_layrnorm.weight / spread, tower.pre_layrnorm.bias
-    patches, places = weights[f"{PATCHES}.weight"], weights[PLACES]
+    patches, places = weights[f"{PATCHES}.weight"], weights[POSITIONS]
     places = (places - places.mean(dim=1, keepdim=True)) * scale
     return {
         f"{PATCHES}.weight": (patches - patches.mean(dim=0)) * scale[:, None, None, None],
         f"{PATCHES}.bias": shift,
-        PLACES: places,
+        POSITIONS: places,
         CLASS: tower.pre_layrnorm(embedded[0, 0]) - places[0],
     }
 
