@@ -369,12 +369,17 @@ def test_sixty_steps_lower_the_loss():
 
 
 @TILED
-def test_some_steps_on_one_batch_lower_the_loss(name):
+def test_some_steps_on_one_batch_lower_the_loss(name, tmp_path):
     recipe = Recipe(name, steps=12, look_steps=0, batch_size=2, asked=2, warm_up=2)
     trainer = Trainer(recipe)
     batch = Stream(trainer.model, 2, asked=2)[0]
     losses = [trainer.train_step(batch)["loss"] for _ in range(12)]
     assert losses[-1] < losses[0] / 2
+    save(trainer.model, tmp_path / name)
+    loaded = vlmlib.load(tmp_path / name, device="cpu")
+    with torch.inference_mode():
+        seen = [m.tower_features(batch.pixels[:1]) for m in (trainer.model, loaded)]
+    torch.testing.assert_close(*seen, atol=5e-2, rtol=0)
 
 
 @EVERY
