@@ -161,10 +161,10 @@ def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> list[flo
             prompt, media = model.chat_prompt([picture, qa.question]), model.prepare([picture])
             said = model.tokenizer.encode(writer.gap + words, add_special_tokens=False)
             weights = microscope.attention(model, prompt, media, said).mean(dim=1)
-            parts = microscope.picture_weights(model, prompt, media, weights)
+            seen = microscope.picture_weights(model, prompt, media, weights)
             boxes = torch.cat([model.boxes(m) for m in media])
             x, y, radius = outline(thing, *picture.size)
-            peaks = [peak(row, boxes, *picture.size) for row in torch.cat(parts, dim=-1)]
+            peaks = [peak(row, boxes, *picture.size) for row in torch.cat(seen, dim=-1)]
             hits.append([(px - x) ** 2 + (py - y) ** 2 <= radius**2 for px, py in peaks])
     return torch.tensor(hits, dtype=torch.float).mean(dim=0).tolist() if hits else []
 
