@@ -6,9 +6,9 @@ import nvila_helpers
 import pytest
 import torch
 from helpers import noise, pixels, tiny_llava, tiny_llava_next, tiny_processor
-from test_internvl import internvl_net, internvl_tokenizer
+from test_internvl import tiny_internvl
 
-from vlmlib import IMAGE_TOKEN_INDEX, ImageProcessor, InternVL, ShapeError, Video
+from vlmlib import IMAGE_TOKEN_INDEX, ImageProcessor, ShapeError, Video
 from vlmlib.fusion import fuse
 from vlmlib.microscope import attention, heat_map, picture_weights
 from vlmlib.tiling import patch_boxes
@@ -88,8 +88,7 @@ def nearsighted_llava(**changes):
 
 
 def nearsighted_internvl():
-    words = internvl_tokenizer()
-    model = InternVL(internvl_net(words), words)
+    model = tiny_internvl()
     return nearsighted(model, model.net.model.vision_tower)
 
 
