@@ -32,19 +32,19 @@ PADDING = -1
 
 WEIGHTS = {
     "count": 0.4,
-    "count_shape": 2.5,
-    "count_colour": 1.5,
-    "where": 3.5,
-    "at": 1.5,
-    "colour": 2.0,
+    "count_shape": 2.0,
+    "count_colour": 2.0,
+    "where": 6.0,
+    "at": 2.0,
+    "colour": 1.8,
     "size": 0.8,
-    "left": 2.5,
-    "right": 2.5,
-    "above": 2.5,
-    "below": 2.5,
-    "exist": 3.0,
+    "left": 6.0,
+    "right": 6.0,
+    "above": 6.0,
+    "below": 6.0,
+    "exist": 2.5,
     "read_label": 1.8,
-    "find_label": 1.5,
+    "find_label": 2.0,
 }
 """How often each kind of question is asked; the slow learners more often."""
 

@@ -44,7 +44,7 @@ Report = Callable[[dict], None]
 class Recipe:
     """All numbers of a run."""
 
-    steps: int = 8_000
+    steps: int = 7_000
     look_steps: int = 2_000
     batch_size: int = 32
     asked: int = 10
