@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -31,3 +32,12 @@ def tokenizer(request):
 def llava():
     """A tiny random model that every test may use and none may change."""
     return tiny_llava()
+
+
+@pytest.fixture
+def fast_gc():
+    """Let the collector look at the objects of this test only."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import vlmlib
+from vlmlib.sampling import Sampler
 
 GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "vectors.json").read_text())
@@ -164,6 +166,78 @@ def expanded_ids(net, tokenizer, prompt: str) -> torch.Tensor:
         for i in vlmlib.tokenizer_image_token(prompt, tokenizer)
     )
     return torch.tensor([sum(runs, [])])
+
+
+def transcript(model, messages) -> tuple[str, list[vlmlib.Medium]]:
+    """Prompt and media of (role, parts) of all turns."""
+    sources = [p for _, said in messages for p in said if not isinstance(p, str)]
+    return model.conversation_prompt(messages), model.prepare(sources)
+
+
+def spelled_out(model, prompt: str, media) -> list:
+    """What stands at every position: an id, or the bytes of a medium and a number."""
+    ids, media = model.read(prompt, media)
+    queue, out = iter(media), []
+    for i in ids:
+        if i == vlmlib.IMAGE_TOKEN_INDEX:
+            medium = next(queue)
+            out += [(medium.pixels.numpy().tobytes(), k) for k in range(medium.length)]
+        else:
+            out.append(i)
+    return out
+
+
+@torch.inference_mode()
+def assert_read_again(chat: vlmlib.Chat, messages: Sequence, question: str = "And now?") -> None:
+    """When its turns become `messages`, a conversation goes on as a new one with them would, and
+    keeps what stands before the first change only.
+    """
+    model, params = chat.model, vlmlib.GenParams.greedy(n_predict=8)
+    first, before, after = (
+        transcript(model, said)
+        for said in (
+            chat.messages[:1],
+            [*chat.messages, ("user", (question,))],
+            [*messages, ("user", (question,))],
+        )
+    )
+    pairs = zip(spelled_out(model, *before), spelled_out(model, *after), strict=False)
+    change = next(i for i, (old, new) in enumerate(pairs) if old != new)
+    expected = model.turn(*after).prefill()
+    assert (model.turn(*before).prefill() - expected).abs().max() > 1e-3, "the change matters"
+    copied = copy.deepcopy(chat.cache)
+    turn = model.turn(*after, start_pos=len(copied), cache=copied)
+    assert min(change, len(spelled_out(model, *first))) <= turn.reused_tokens <= change
+    assert (turn.prefill() - expected).abs().max() < 1e-4
+    chat.messages = list(messages)
+    again = ids_of(chat.ask(question, params, trace=0))
+    assert again == ids_of(model.stream_prompt(*after, params, trace=0))
+
+
+def penalised_ids(turn, text_ids: Sequence[int], penalty: float, n: int) -> list[int]:
+    """The n best ids by hand, with those of `text_ids` and of the answer so far pushed down."""
+    out = []
+    with torch.inference_mode():
+        logits = turn.prefill()
+        for _ in range(n):
+            scores = logits[0].clone()
+            for i in {*text_ids, *out}:
+                scores[i] = scores[i] / penalty if scores[i] > 0 else scores[i] * penalty
+            out.append(int(scores.argmax()))
+            logits = turn.step(torch.tensor([out[-1:]]))
+    return out
+
+
+def watch_seen_ids(monkeypatch) -> list[list[int]]:
+    """From now on collects the ids that the repetition penalty sees at every step."""
+    seen, original = [], Sampler.scores
+
+    def scores(self, logits, ids):
+        seen.append(ids[0].tolist())
+        return original(self, logits, ids)
+
+    monkeypatch.setattr(Sampler, "scores", scores)
+    return seen
 
 
 def living_caches() -> int:

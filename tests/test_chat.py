@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import noise, tiny_llava, tiny_llava_next
+from helpers import noise, tiny_llava, tiny_llava_next, transcript
 
 from vlmlib import Chat, ContextLengthError, PlaceholderError
 
@@ -48,9 +48,7 @@ def test_five_turns_equal_the_whole_transcript_every_time(model):
 def test_logits_of_a_later_turn_are_those_of_the_whole_transcript(model, turn):
     chat = Chat(model)
     talk(chat, TURNS[:turn])
-    messages = [*chat.messages, ("user", tuple(TURNS[turn]))]
-    pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
-    prompt, media = model.conversation_prompt(messages), model.prepare(pictures)
+    prompt, media = transcript(model, [*chat.messages, ("user", tuple(TURNS[turn]))])
     continued = model.turn(prompt, media, start_pos=len(chat.cache), cache=chat.cache)
     assert continued.reused_tokens > 0
     assert (continued.prefill() - model.turn(prompt, media).prefill()).abs().max() < 1e-4

@@ -36,9 +36,22 @@ def test_all_of_them_are_here():
     assert set(conv_templates) == set(EXPECTED)
 
 
-@pytest.mark.parametrize(("name", "stop"), [("vicuna_v1", "</s>"), ("chatml_direct", "<|im_end|>")])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("vicuna_v1", "</s>"),
+        ("llava_v1", "</s>"),
+        ("mistral_instruct", "</s>"),
+        ("chatml_direct", "<|im_end|>"),
+    ],
+)
 def test_stop_string(name, stop):
-    assert conv_templates[name].stop_str == stop
+    conversation = conv_templates[name].copy()
+    assert conversation.stop_str == stop
+    user, assistant = conversation.roles
+    conversation.append_message(user, "What?")
+    conversation.append_message(assistant, "A cat.")
+    assert conversation.get_prompt().endswith(stop), "an answer ends with it"
 
 
 def test_unknown_role_and_frozen_table():

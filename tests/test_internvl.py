@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, ids_of, noise, wild_net
+from helpers import (
+    GOLDEN,
+    assert_read_again,
+    ids_of,
+    noise,
+    transcript,
+    wild_net,
+    without_times,
+)
 from tokenizers import AddedToken
 from transformers import (
     InternVLConfig,
@@ -110,6 +118,11 @@ def internvl_net(tokenizer, seed: int = 0, **changes) -> InternVLForConditionalG
     return net
 
 
+def tiny_internvl(seed: int = 0, **changes) -> InternVL:
+    tokenizer = internvl_tokenizer()
+    return InternVL(internvl_net(tokenizer, seed, **changes), tokenizer)
+
+
 def their_processor() -> GotOcr2ImageProcessorPil:
     return GotOcr2ImageProcessorPil(
         size={"height": TILE, "width": TILE}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
@@ -181,13 +194,6 @@ def ask(model, prompt=ONE, params=GREEDY, *, media="one", start=0, **options):
     if isinstance(media, str):
         media = [tiles(3)]
     return InternVLStreamGenerator(model, params, prompt, media, start_pos=start, **options)
-
-
-def without_times(chunks) -> list[dict]:
-    def counts(timing):
-        return timing and {k: v for k, v in timing.items() if k.endswith("tokens")}
-
-    return [chunk | {"timing": counts(chunk["timing"])} for chunk in chunks]
 
 
 # ---- loading, and what the checkpoint says ----
@@ -328,8 +334,7 @@ def test_pictures_of_every_mode(model):
     ids=str,
 )
 def test_features_are_those_of_transformers(changes):
-    tokenizer = internvl_tokenizer()
-    model = InternVL(internvl_net(tokenizer, 3, **changes), tokenizer)
+    model = tiny_internvl(3, **changes)
     for t in (1, 2, 13):
         theirs = model.net.get_image_features(pixel_values=tiles(t, t)).pooler_output
         medium = model.medium(tiles(t, t))
@@ -530,9 +535,8 @@ def test_user_text_cannot_smuggle_anything_in(model, text, flavour):
 
 
 def test_video_is_a_placeholder_of_tokenizers_that_do_not_know_it():
-    tokenizer = internvl_tokenizer()
-    assert "<video>" not in tokenizer.get_vocab()
-    model = InternVL(internvl_net(tokenizer), tokenizer)
+    model = tiny_internvl()
+    assert "<video>" not in model.tokenizer.get_vocab()
     assert "<video>" not in model.chat_prompt(["a <video> b"])
     prompt = model.chat_prompt([Video(CLIP, 2), "a <video> b"])
     assert place_media(prompt, model.prepare([Video(CLIP, 2)]))[0].count("Frame") == 2
@@ -578,8 +582,7 @@ def test_prompt_of_the_original_checkpoints(model):
 
 
 def test_a_tokenizer_without_template_is_an_original_one():
-    tokenizer = internvl_tokenizer()
-    model = InternVL(internvl_net(tokenizer), tokenizer)
+    model = tiny_internvl()
     assert model.chat_prompt([noise(30, 30), "What is this?"]) == SYSTEM + ONE
 
 
@@ -808,19 +811,25 @@ def test_a_medium_of_a_wrong_length(model):
 def questions():
     return [
         [noise(90, 30, 1), "What is this?"],
-        "And the colour?",
+        ["And the colour?"],
         ["Now ", noise(30, 30, 2), Video(CLIP, 2), "and this?"],
         [noise(30, 90, 3), "And the last?"],
+        ["Left ", noise(60, 60, 4), " or right?"],
     ]
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("flavour", ["own", "internvl2_5"])
+@torch.inference_mode()
 def test_turns_equal_the_whole_transcript(models, seed, flavour):
     model = copy.copy(models[seed])
     model.chat_template = CHAT_TEMPLATES.get(flavour)
     chats = [Chat(model, chunk_prefilling=chunked) for chunked in (True, False)]
     for turn, parts in enumerate(questions()):
+        prompt, media = transcript(model, [*chats[0].messages, ("user", parts)])
+        held = copy.deepcopy(chats[0].cache)
+        logits = model.turn(prompt, media, start_pos=len(held), cache=held).prefill()
+        assert (logits - model.turn(prompt, media).prefill()).abs().max() < 1e-4
         quick, whole = (list(c.ask(parts, n_predict=6, trace=0)) for c in chats)
         assert ids_of(quick) == ids_of(whole)
         assert quick[-1]["text"] == whole[-1]["text"] and quick[-1]["usage"] == whole[-1]["usage"]
@@ -828,6 +837,25 @@ def test_turns_equal_the_whole_transcript(models, seed, flavour):
         assert all_fed["reused_tokens"] == 0
         assert timing["reused_tokens"] + timing["context_tokens"] == all_fed["context_tokens"]
         assert (timing["reused_tokens"] > 0) == (turn > 0)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda said: said[:2] + [("user", ("And the shape?",))] + said[3:],
+        lambda said: [("user", (said[0][1][0], "What is that?"))] + said[1:],
+        lambda said: said[:1] + [("assistant", ("nothing",))] + said[2:],
+        lambda said: said[:3] + [("assistant", ("blue",))] + said[4:],
+        lambda said: said[2:],
+        lambda said: said[:2] + said[4:],
+    ],
+    ids=["question", "first question", "first answer", "answer", "no first turn", "no turn"],
+)
+def test_an_edited_history_is_read_again(model, edit):
+    chat = Chat(model)
+    for parts in questions()[:3]:
+        list(chat.ask(parts, n_predict=6))
+    assert_read_again(chat, edit(chat.messages))
 
 
 @torch.inference_mode()

@@ -6,13 +6,24 @@ import copy
 import inspect
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, VECTORS, ids_of, noise, without_times
+from helpers import (
+    GOLDEN,
+    VECTORS,
+    assert_read_again,
+    ids_of,
+    noise,
+    penalised_ids,
+    transcript,
+    watch_seen_ids,
+    without_times,
+)
 from nvila_helpers import CONTEXT, MODES, PROJECTORS, TILE, TSP, nvila, shared, tokenizer
 from transformers import GenerationConfig, SiglipVisionModel
 
@@ -48,6 +59,11 @@ def frames(n: int = 4, seed: int = 10) -> Video:
 
 def pixels(n: int = 1, seed: int = 0, side: int = TILE) -> torch.Tensor:
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def words(model, text: str) -> torch.Tensor:
+    """(n, d)"""
+    return model.embed(torch.tensor(model.tokenizer(text).input_ids, dtype=torch.long))
 
 
 def ask(model, parts, params=GREEDY, **options):
@@ -199,6 +215,32 @@ def test_text_alone_is_qwen2():
     assert model.get_lm_head() is model.get_llm().lm_head
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("temp", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 20, 0.8), (1.8, 50, 0.95)]
+)
+def test_sampled_ids_are_those_of_generate(seed, temp, top_k, top_p):
+    model = shared()
+    parts = ["How many triangles are there?"]
+    ids = torch.tensor([model.tokenizer(model.chat_prompt(parts)).input_ids])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        whole = model.get_llm().generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=temp,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=1.0,
+            max_new_tokens=10,
+            eos_token_id=model.stop_token_ids,
+            pad_token_id=0,
+        )
+    params = GREEDY.but(temp=temp, top_k=top_k, top_p=top_p, seed=seed, order="hf")
+    assert ids_of(ask(model, parts, params, trace=0)) == whole[0, ids.shape[1] :].tolist()
+
+
 # ---- how many positions ----
 
 
@@ -345,7 +387,7 @@ def test_frames_of_a_clip():
 @torch.inference_mode()
 def test_a_line_break_follows_every_picture_and_frame():
     model = shared()
-    newline = model.embed(torch.tensor(model.tokenizer("\n").input_ids))
+    newline = words(model, "\n")
     assert newline.shape == (1, 48)
     (picture,) = model.prepare([noise(30, 30)])
     (features,) = model.get_mm_projector()(model.get_vision_tower()(picture.pixels))
@@ -362,7 +404,7 @@ def test_start_tokens():
     model = shared(
         image_encoder=spec % "BasicImageEncoder", video_encoder=spec % "BasicVideoEncoder"
     )
-    start = model.embed(torch.tensor(model.tokenizer("is re").input_ids))
+    start = words(model, "is re")
     assert len(start) > 1
     for medium in model.prepare([noise(30, 30), frames()]):
         encoded = model.encode(medium)
@@ -376,19 +418,15 @@ def test_tsp_pools_frames_rows_and_columns():
     model = shared(video_encoder=TSP)
     (clip,) = model.prepare([frames()])
     x = model.get_mm_projector()(model.get_vision_tower()(clip.pixels)).reshape(4, 2, 2, -1)
-
-    def words(text):
-        return model.embed(torch.tensor(model.tokenizer(text).input_ids))
-
     expected = []
     for pool in [(2, 1, 1), (4, 2, 1)]:
         for t in range(0, 4, pool[0]):
-            expected.append(words("<"))
+            expected.append(words(model, "<"))
             for h, w in itertools.product(range(0, 2, pool[1]), range(0, 2, pool[2])):
                 block = x[t : t + pool[0], h : h + pool[1], w : w + pool[2]]
                 expected.append(block.mean((0, 1, 2))[None])
-            expected.append(words("at"))
-        expected.append(words("is re"))
+            expected.append(words(model, "at"))
+        expected.append(words(model, "is re"))
     expected = torch.cat(expected)
     assert clip.length == len(expected)
     torch.testing.assert_close(model.encode(clip), expected, atol=1e-5, rtol=0)
@@ -556,6 +594,49 @@ def test_interleaved_media_land_at_their_positions(mode):
     assert turn.prompt_tokens == len(expected)
 
 
+@pytest.mark.parametrize("picture_first", [True, False])
+@pytest.mark.parametrize("mode", ["dynamic", "dynamic_s2"])
+@torch.inference_mode()
+def test_one_cut_picture_beside_a_clip(mode, picture_first):
+    """The sequence is put together by hand, from tiles that are cut and encoded by hand."""
+    model = shared(mode, video_encoder=TSP)
+    picture, clip = noise(90, 50), frames()
+    parts = [picture, "left ", clip, "right?"] if picture_first else [clip, "a ", picture, "red"]
+    if mode == "dynamic":
+        tiles = vlmlib.dynamic_preprocess(picture, 1, 12, TILE, use_thumbnail=True)
+        blocks, written = None, "<image>\n" * 9
+    else:
+        tiles, block = vlmlib.dynamic_s2_preprocess(picture, [28, 56, 84], 12, TILE)
+        blocks, written = [block], "<image>"
+    images = torch.stack([shared().prepare([tile])[0].pixels[0] for tile in tiles])
+    features = model.encode_images(images, blocks)
+    assert [len(f) for f in features] == ([4] * 9 if mode == "dynamic" else [48])
+    (film,) = shared(video_encoder=TSP).prepare([clip])
+
+    prompt = model.chat_prompt(parts)
+    placeholders = {id(picture): written, id(clip): "<vila/video>"}
+    said = "".join(placeholders.get(id(part), part) for part in parts)
+    assert f"<|im_start|>user\n{said}<|im_end|>" in prompt
+    queue, expected = iter(features), []
+    for piece in re.split("(<image>|<vila/video>)", prompt):
+        if piece == "<image>":
+            expected += [next(queue), words(model, "\n")]
+        else:
+            is_clip = piece == "<vila/video>"
+            expected.append(model.encode(film) if is_clip else words(model, piece))
+    expected = torch.cat(expected)
+
+    media, config = model.prepare_media([{"from": "human", "value": parts}])
+    ids = torch.tensor([model.tokenizer(prompt).input_ids])
+    embeds, _, _ = model._embed(ids, media, config, None, None)
+    torch.testing.assert_close(embeds[0], expected, atol=1e-5, rtol=0)
+    logits = model.get_llm()(inputs_embeds=expected[None]).logits[:, -1]
+    for given in (model.prepare([p for p in parts if not isinstance(p, str)]), media):
+        turn = model.turn(prompt, model.as_media(given, config))
+        assert turn.prompt_tokens == len(expected)
+        assert (turn.prefill() - logits).abs().max() < 1e-5
+
+
 @torch.inference_mode()
 def test_pictures_of_different_lengths_in_one_prompt():
     model = shared("dynamic_s2")
@@ -580,10 +661,19 @@ def test_pictures_of_different_lengths_in_one_prompt():
     assert (labels[0] == IGNORE_INDEX).sum() == sum(m.length for m in media)
 
 
+def as_published(pictures, clips=()):
+    """Media and media_config of pictures and clips, as `prepare_media` makes them."""
+    media = {"image": [tile for m in pictures for tile in m.pixels], "video": list(clips)}
+    return media, {"image": {"block_sizes": [m.block for m in pictures]}}
+
+
 def batch(model, side: str):
-    """Three prompts with 0, 1 and 2 pictures, padded -> ids, mask, media and the single prompts."""
+    """Three prompts with 0, 1 and 2 pictures, padded -> ids, mask, media, their configuration, and
+    (ids, media, configuration) of the single prompts.
+    """
     rows = [[5, 6, 7, 8, 9, 10, 11], [20, IMAGE, 21], [30, IMAGE, 31, VIDEO, IMAGE]]
-    pictures = list(pixels(3))
+    sizes = [(90, 30), (30, 30), (50, 90)]
+    pictures = [model.prepare([noise(*size, seed=i)])[0] for i, size in enumerate(sizes)]
     clip = pixels(4, seed=5)
     n = max(map(len, rows))
     ids, mask = (
@@ -594,29 +684,31 @@ def batch(model, side: str):
         where = slice(0, len(row)) if side == "right" else slice(n - len(row), n)
         ids[k, where], mask[k, where] = torch.tensor(row), 1
     singles = [
-        (rows[0], {}),
-        (rows[1], {"image": pictures[:1]}),
-        (rows[2], {"image": pictures[1:], "video": [clip]}),
+        (rows[0], {}, {}),
+        (rows[1], *as_published(pictures[:1])),
+        (rows[2], *as_published(pictures[1:], [clip])),
     ]
-    return ids, mask, {"image": pictures, "video": [clip]}, singles
+    return ids, mask, *as_published(pictures, [clip]), singles
 
 
+@pytest.mark.parametrize("mode", ["resize", "dynamic_s2"])
 @pytest.mark.parametrize("out", ["left", "right", None])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.inference_mode()
-def test_a_padded_batch_equals_its_prompts(side, out):
+def test_a_padded_batch_equals_its_prompts(side, out, mode):
     """The original drops padding from the embeddings and not from the ids they are found by."""
-    model = shared()
-    ids, mask, media, singles = batch(model, side)
+    model = shared(mode)
+    ids, mask, media, config, singles = batch(model, side)
+    n_tiles = len(media["image"])
+    assert n_tiles == {"resize": 3, "dynamic_s2": 17 + 14 + 15}[mode]
     labels = torch.where(mask.bool(), ids, 99)
     kept = ids.clone(), mask.clone(), labels.clone()
-    embeds, new_labels, new_mask = model._embed(ids, media, {}, labels, mask, padding_side=out)
+    embeds, new_labels, new_mask = model._embed(ids, media, config, labels, mask, padding_side=out)
     assert all(torch.equal(a, b) for a, b in zip(kept, (ids, mask, labels), strict=True))
-    assert len(media["image"]) == 3 and len(media["video"]) == 1, "what was given is not consumed"
-    for k, (row, its) in enumerate(singles):
-        alone, lone_labels, _ = model._embed(
-            torch.tensor([row]), its, {}, torch.tensor([row]), None
-        )
+    assert len(media["image"]) == n_tiles and len(media["video"]) == 1, "what was given stays"
+    for k, (row, *its) in enumerate(singles):
+        row = torch.tensor([row])
+        alone, lone_labels, _ = model._embed(row, *its, row, None)
         n = alone.shape[1]
         where = slice(-n, None) if out == "left" else slice(0, n)
         assert new_mask[k].sum() == n and new_mask[k, where].all()
@@ -625,20 +717,21 @@ def test_a_padded_batch_equals_its_prompts(side, out):
     assert (new_labels[~new_mask] == IGNORE_INDEX).all()
 
 
+@pytest.mark.parametrize("mode", ["resize", "dynamic_s2"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_generate_from_a_padded_batch(side):
-    model = shared()
-    ids, mask, media, singles = batch(model, side)
+def test_generate_from_a_padded_batch(side, mode):
+    model = shared(mode)
+    ids, mask, media, config, singles = batch(model, side)
     options = {"max_new_tokens": 8, "do_sample": False}
-    together = model.generate(ids, media, None, mask, **options)
-    for k, (row, its) in enumerate(singles):
-        alone = model.generate(torch.tensor([row]), its, None, **options)
+    together = model.generate(ids, media, config, mask, **options)
+    for k, (row, *its) in enumerate(singles):
+        alone = model.generate(torch.tensor([row]), *its, **options)
         assert together[k, : alone.shape[1]].tolist() == alone[0].tolist()
         prompt = model.tokenizer.decode(row)
         if model.tokenizer(prompt).input_ids == row:
             params = GREEDY.but(n_predict=8)
             assert (
-                ids_of(NVILAStreamGenerator(model, params, prompt, its, trace=0))
+                ids_of(NVILAStreamGenerator(model, params, prompt, *its, trace=0))
                 == alone[0].tolist()
             )
     assert len({tuple(row.tolist()) for row in together}) == 3
@@ -714,10 +807,19 @@ PARTS = [
 
 
 @in_all_modes
-@pytest.mark.parametrize("projector", ["mlp_downsample", "mlp_downsample_3x3_fix", "mlp2x_gelu"])
+@pytest.mark.parametrize(
+    ("projector", "changes"),
+    [
+        ("mlp_downsample", {}),
+        ("mlp_downsample_3x3_fix", {}),
+        ("mlp2x_gelu", {}),
+        ("mlp_downsample", {"video_encoder": TSP}),
+    ],
+    ids=["mlp_downsample", "mlp_downsample_3x3_fix", "mlp2x_gelu", "pooled clips"],
+)
 @torch.inference_mode()
-def test_cached_steps_equal_the_whole_sequence_without_a_cache(projector, mode):
-    model = shared(mode, projector)
+def test_cached_steps_equal_the_whole_sequence_without_a_cache(projector, changes, mode):
+    model = shared(mode, projector, **changes)
     for parts in PARTS:
         media = model.prepare([p for p in parts if not isinstance(p, str)])
         turn = model.turn(model.chat_prompt(parts), media)
@@ -764,16 +866,16 @@ def test_later_turns_equal_the_whole_transcript(mode, projector, monkeypatch):
     ]
     fed = 0
     for k, parts in enumerate(turns):
-        messages = [*chat.messages, ("user", tuple(parts))]
-        sources = [p for _, said in messages for p in said if not isinstance(p, str)]
-        prompt = model.conversation_prompt(messages)
-        expected = model.turn(prompt, model.prepare(sources)).prefill()
+        prompt, media = transcript(model, [*chat.messages, ("user", tuple(parts))])
+        expected = model.turn(prompt, media).prefill()
         copied = copy.deepcopy(chat.cache)
-        turn = model.turn(prompt, model.prepare(sources), start_pos=len(copied), cache=copied)
+        turn = model.turn(prompt, media, start_pos=len(copied), cache=copied)
         assert (turn.prefill() - expected).abs().max() < 1e-4
-        *_, alone = model.stream_prompt(prompt, model.prepare(sources), GREEDY, lstrip=True)
-        *_, last = chat.ask(parts, GREEDY)
-        assert last["text"] == alone["text"] and last["usage"] == alone["usage"]
+        alone = list(model.stream_prompt(prompt, media, GREEDY, lstrip=True, trace=0))
+        quick = list(chat.ask(parts, GREEDY, trace=0))
+        assert ids_of(quick) == ids_of(alone)
+        last = quick[-1]
+        assert last["text"] == alone[-1]["text"] and last["usage"] == alone[-1]["usage"]
         timing = last["timing"]
         fed += timing["context_tokens"]
         if k in (1, 3, 5) or (k == 4 and mode in ("resize", "pad")):
@@ -797,6 +899,42 @@ def test_a_changed_picture_is_noticed():
     assert changed.reused_tokens < 30, "the same tiles in another order of rows"
     changed = model.turn(prompt, [other], start_pos=len(cache), cache=cache)
     assert changed.reused_tokens == model.prompt_ids(prompt).index(vlmlib.IMAGE_TOKEN_INDEX)
+
+
+@pytest.mark.parametrize(
+    ("at", "changed"),
+    [
+        (0, ("user", (noise(90, 50, 1), QUESTION))),
+        (0, ("user", (noise(90, 50), "What is that?"))),
+        (1, ("assistant", ("nothing",))),
+        (2, ("user", (frames(seed=50), "Describe"))),
+        (2, ("user", (frames(), "Describe it"))),
+        (3, ("assistant", ("nothing",))),
+    ],
+    ids=["picture", "question", "answer", "clip", "later question", "later answer"],
+)
+@pytest.mark.parametrize("mode", ["resize", "dynamic", "dynamic_s2"])
+def test_a_changed_history_is_read_again(mode, at, changed):
+    chat = Chat(shared(mode, video_encoder=TSP))
+    for parts in ([noise(90, 50), QUESTION], [frames(), "Describe"]):
+        list(chat.ask(parts, GREEDY))
+    messages = list(chat.messages)
+    messages[at] = changed
+    assert_read_again(chat, messages)
+
+
+def test_repetition_penalty_by_hand(monkeypatch):
+    """Ids of prompt and answer are pushed down; those that stand for a picture or clip are not."""
+    model = shared(video_encoder=TSP)
+    parts = [noise(30, 20), "Left ", frames(), "What is this?"]
+    prompt, media = transcript(model, [("user", parts)])
+    text_ids = [i for i in model.tokenizer(prompt).input_ids if i not in (IMAGE, VIDEO)]
+    expected = penalised_ids(model.turn(prompt, media), text_ids, 1.7, 10)
+    seen = watch_seen_ids(monkeypatch)
+    ids = ids_of(ask(model, parts, GREEDY.but(repeat_penalty=1.7), trace=0))
+    assert ids == expected
+    assert seen == [text_ids + expected[:k] for k in range(10)]
+    assert ids != ids_of(ask(model, parts, trace=0))
 
 
 @pytest.mark.parametrize("parts", PARTS)

@@ -20,10 +20,13 @@ from helpers import (
     ids_of,
     living_caches,
     noise,
+    penalised_ids,
     pixels,
     tiny_llava,
+    watch_seen_ids,
     without_times,
 )
+from tokenizers.decoders import DecodeStream
 
 import vlmlib
 from vlmlib import (
@@ -42,7 +45,6 @@ from vlmlib import (
     stream_output,
 )
 from vlmlib.decoding import Turn, decode
-from vlmlib.sampling import Sampler
 
 TEXT = "USER: What is this? ASSISTANT:"
 ONE = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -150,29 +152,23 @@ def test_repetition_penalty_by_hand(llava, path, monkeypatch):
     """Every id of prompt and answer is pushed down, whatever stands for the picture is not."""
     penalty, n = 1.7, 10
     text_ids = [i for i in llava.prompt_ids(ONE) if i != IMAGE_TOKEN_INDEX]
-    expected = []
-    with torch.inference_mode():
-        turn = llava.turn(ONE, pixels(1))
-        logits = turn.prefill()
-        for _ in range(n):
-            scores = logits[0].clone()
-            for i in {*text_ids, *expected}:
-                scores[i] = scores[i] / penalty if scores[i] > 0 else scores[i] * penalty
-            expected.append(int(scores.argmax()))
-            logits = turn.step(torch.tensor([expected[-1:]]))
-    seen = []
-    original = Sampler.scores
-    monkeypatch.setattr(
-        Sampler,
-        "scores",
-        lambda self, logits, ids: seen.append(ids[0].tolist()) or original(self, logits, ids),
-    )
+    expected = penalised_ids(llava.turn(ONE, pixels(1)), text_ids, penalty, n)
+    seen = watch_seen_ids(monkeypatch)
     params = GenParams.greedy(n_predict=n, repeat_penalty=penalty)
     ids = ids_of(ask(llava, ONE, params, path=path, trace=0))
     assert ids == expected
     assert ids != ids_of(ask(llava, ONE, params.but(repeat_penalty=1.0), path=path, trace=0))
     assert seen[:n] == [text_ids + expected[:k] for k in range(n)]
     assert llava.config.image_token_id not in seen[0] and IMAGE_TOKEN_INDEX not in seen[0]
+
+
+@both_paths
+def test_n_vocab_cuts_nothing_off(llava, path):
+    """The published systems leave out all ids from n_vocab on where there is no top-k."""
+    params = GenParams(temp=1.5, top_p=1.0, top_k=0, seed=0, n_predict=12)
+    ids = ids_of(ask(llava, path=path, params=params.but(n_vocab=3), trace=0))
+    assert max(ids) >= 3
+    assert ids == ids_of(ask(llava, path=path, params=params, trace=0))
 
 
 @both_paths
@@ -228,6 +224,28 @@ def test_text_is_what_the_ids_decode_to(llava, path):
     text = chunks[-1]["text"]
     assert len(text) > 20
     assert full.startswith(text) and set(full[len(text) :]) <= {"\ufffd"}
+
+
+@both_paths
+def test_every_id_is_decoded_once(llava, path, monkeypatch):
+    """The original decodes the whole answer again at every step."""
+    expected = ids_of(ask(llava, path=path, trace=0))
+    pushed = []
+
+    class Watched:
+        def __init__(self, **options):
+            self.stream = DecodeStream(**options)
+
+        def step(self, tokenizer, token_id):
+            pushed.append(token_id)
+            return self.stream.step(tokenizer, token_id)
+
+    monkeypatch.setattr("vlmlib.tokenization.DecodeStream", Watched)
+    for name in ("decode", "batch_decode", "convert_ids_to_tokens"):
+        monkeypatch.setattr(type(llava.tokenizer), name, lambda *_, **__: pytest.fail("decoded"))
+    for chunk in ask(llava, path=path):
+        assert pushed == expected[: chunk["usage"]["completion_tokens"]]
+    assert pushed == expected
 
 
 @both_paths
@@ -480,15 +498,6 @@ def test_inference_mode_stays_inside(llava, path):
             assert not torch.is_inference_mode_enabled()
 
 
-@pytest.fixture
-def fast_gc():
-    """Let the collector look at the objects of this test only."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def read_all(stream):
     list(stream)
 
@@ -628,7 +637,7 @@ def test_without_chunk_prefilling_everything_is_fed_again(llava):
 
 def test_reused_pictures_are_not_encoded_again(llava, monkeypatch):
     cache, transcript = second_turn(llava)
-    monkeypatch.setattr(llava, "encode_images", lambda x: pytest.fail("encoded again"))
+    monkeypatch.setattr(llava, "encode", lambda x: pytest.fail("encoded again"))
     list(ask(llava, transcript, start=len(cache), cache=cache, chunk_prefilling=True))
 
 
@@ -759,7 +768,8 @@ def test_stream_and_answer(llava, tmp_path):
         llava, ["Hello"], n_predict=3
     )
     sampled = vlmlib.answer(llava, "Hello", {"temp": 1.5, "n_predict": 9}, seed=1)
-    assert sampled == vlmlib.answer(llava, "Hello", GenParams(temp=1.5, n_predict=9, seed=1))
+    greedy_but = GenParams.greedy(temp=1.5, n_predict=9, seed=1)
+    assert sampled == vlmlib.answer(llava, "Hello", greedy_but), "what is not said is greedy"
 
 
 def test_stream_drops_the_space_in_front(llava):
@@ -831,3 +841,9 @@ def test_an_empty_prompt(path):
     llava = tiny_llava("tokenizer_no_bos")
     with pytest.raises(PromptError, match="the prompt is empty"):
         ask(llava, "", path=path, image_tensor=None)
+
+
+def test_a_traced_stream_has_tokens_in_every_chunk(llava):
+    chunks = list(vlmlib.stream(llava, "what is this?", n_predict=2, trace=0))
+    assert [len(chunk["tokens"]) for chunk in chunks] == [1, 1, 0]
+    assert not any("tokens" in c for c in vlmlib.stream(llava, "what is this?", n_predict=2))

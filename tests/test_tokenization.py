@@ -7,7 +7,11 @@ import torch
 from helpers import TOKENIZERS, VECTORS, fresh_tokenizer, golden_tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from vlmlib import (
     IMAGE_TOKEN,
@@ -83,6 +87,43 @@ def test_special_tokens_once_not_per_piece(name, template, front, back, prompt):
     )
     assert tokenizer("").input_ids == front + back  # the template is in force
     assert tokenizer_image_token(prompt, tokenizer) == front + bare + back
+
+
+SPACED = ("<unk>", "<s>", "\n", "a", "b", "▁", "▁a", "▁b")
+
+
+def spacing_tokenizer() -> PreTrainedTokenizerFast:
+    """Puts a space in front of every text, as SentencePiece does."""
+    vocabulary = {token: i for i, token in enumerate(SPACED)}
+    backend = Tokenizer(BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    backend.pre_tokenizer = Metaspace(prepend_scheme="always")
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPACED.index("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        ("a b", "<s> ▁a ▁b"),
+        ("a<image>b", "<s> ▁a * ▁b"),
+        ("<image>a", "<s> * ▁a"),
+        ("a<image>", "<s> ▁a *"),
+        ("ab<image>ba<image><image>aa b", "<s> ▁a b * ▁b a * * ▁a a ▁b"),
+        ("<image>\na", "<s> * ▁ \n a"),
+        ("a <image> b", "<s> ▁a ▁ * ▁b"),
+    ],
+)
+def test_every_piece_keeps_its_prefix_space(prompt, tokens):
+    tokenizer = spacing_tokenizer()
+    expected = [IMAGE_TOKEN_INDEX if t == "*" else SPACED.index(t) for t in tokens.split(" ")]
+    assert tokenizer_image_token(prompt, tokenizer) == expected
+    pieces = [tokenizer(p, add_special_tokens=False).input_ids for p in prompt.split(IMAGE_TOKEN)]
+    by_piece = [tokenizer.bos_token_id, *pieces[0]]
+    for piece in pieces[1:]:
+        by_piece += [IMAGE_TOKEN_INDEX, *piece]
+    assert expected == by_piece
 
 
 @pytest.mark.parametrize("bad", ["np", "tf", "", True, 1])

@@ -86,8 +86,8 @@ def decode(
                    "reused_tokens": those that were not, "context_time": seconds until the first
                    token was sampled, "generation_time_list": seconds of each later one,
                    "total_tokens": context_tokens and one for each of these}
-    tokens         with `trace=k` only: a TokenTrace with k alternatives for every token since the
-                   last chunk
+    tokens         with `trace=k` only: a list of TokenTraces with k alternatives, one for every
+                   token since the last chunk
 
     Raises ValueError, PromptError and ContextLengthError at the call, NonFiniteLogitsError on the
     way.
@@ -101,8 +101,8 @@ def decode(
             f"the prompt takes {turn.prompt_tokens} tokens, pictures included, and the model's "
             f"context holds {turn.context_len}: there is no room for an answer"
         )
-    out = _Answer(turn, TextStream(tokenizer, params.stop), prefix, lstrip)
-    tracer = None if trace is None else _Tracer(tokenizer, trace)
+    tracer, traces = (None, None) if trace is None else (_Tracer(tokenizer, trace), [])
+    out = _Answer(turn, TextStream(tokenizer, params.stop), prefix, lstrip, traces)
     return _loop(turn, params, frozenset(stop_ids), stream_interval, out, tracer)
 
 
@@ -146,10 +146,10 @@ class _Answer:
     stream: TextStream
     prefix: str
     lstrip: bool
+    traces: list[TokenTrace] | None
     tokens: int = 0
     context_time: float = 0.0
     step_times: list[float] = field(default_factory=list)
-    traces: list[TokenTrace] = field(default_factory=list)
     shown: str = ""
 
     def count(self, seconds: float) -> None:
@@ -176,7 +176,7 @@ class _Answer:
             "finish_reason": finish_reason,
             "timing": self._timing() if finish_reason else None,
         }
-        if self.traces:
+        if self.traces is not None:
             chunk["tokens"], self.traces = self.traces, []
         return chunk
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 # Okabe and Ito's colours: told apart by colour-blind readers, on white as on dark grey.
@@ -109,6 +110,7 @@ def latency(
     figure, ax = axes(width, height, xlabel="token of the answer", ylabel="ms for this token")
     ax.bar([1], [1e3 * first], color=ORANGE, label="first: picture, prompt and sampling")
     ax.bar(range(2, len(steps) + 2), [1e3 * s for s in steps], color=BLUE, label="one decode step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlim(0.3, max(len(steps) + 1, 10) + 0.7)
     ax.set_ylim(0, 1.1e3 * max([first, *steps]) or 1)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
