@@ -29,7 +29,7 @@ from .decoding import Chunk
 from .errors import PlaceholderError, ShapeError
 from .images import ImageProcessor, ImageSource, load_image
 from .media import Medium, Video
-from .model import Media, VisionLanguageModel, end_of_answer_ids
+from .model import Media, VisionLanguageModel, end_of_answer_ids, one_of
 from .sampling import GenParams
 from .tiling import dynamic_preprocess, dynamic_regions, patch_boxes
 from .tokenization import (
@@ -314,11 +314,9 @@ def InternVLStreamGenerator(
     and parameters are checked at the call, before anything is computed.
     Source: llm-awq:tinychat/stream_generators/internvl_stream_gen.py.
     """
-    if media is not None and image_tensor is not None:
-        raise ValueError("media and image_tensor are two names for one thing: give one of them")
     return model.stream_prompt(
         input,
-        image_tensor if media is None else media,
+        one_of(media, image_tensor),
         gen_params,
         start_pos=start_pos,
         chunk_prefilling=chunk_prefilling,

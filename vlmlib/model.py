@@ -348,6 +348,13 @@ def answer_turn(
     return decode(turn, tokenizer, params, stop_ids=stop_ids, **options)
 
 
+def one_of(media: Any, image_tensor: Any) -> Any:
+    """TinyChat's generators have two names for the media: the one that was used."""
+    if media is not None and image_tensor is not None:
+        raise ValueError("media and image_tensor are two names for one thing: give one of them")
+    return image_tensor if media is None else media
+
+
 def check_start(start_pos: int) -> None:
     if not isinstance(start_pos, int) or isinstance(start_pos, bool) or start_pos < 0:
         raise CacheError(f"start_pos must be a whole number >= 0, got {start_pos!r}")

@@ -26,7 +26,7 @@ from .decoding import Chunk
 from .errors import ShapeError
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium, Video
-from .model import Media, Part, VisionLanguageModel, end_of_answer_ids
+from .model import Media, Part, VisionLanguageModel, end_of_answer_ids, one_of
 from .nvila_causal import LlavaMetaForCausalLM, expand_tiles, tiles_of
 from .nvila_model import MEDIA_TOKENS, LlavaMetaModel
 from .projectors import folded, projected_side
@@ -296,11 +296,9 @@ def NVILAStreamGenerator(
     and parameters are checked at the call, before anything is computed.
     Source: llm-awq:tinychat/stream_generators/NVILA_stream_gen.py.
     """
-    if media is not None and image_tensor is not None:
-        raise ValueError("media and image_tensor are two names for one thing: give one of them")
     return model.stream_prompt(
         expand_tiles(input, tiles_of(media_cfg)),
-        model.as_media(image_tensor if media is None else media, media_cfg),
+        model.as_media(one_of(media, image_tensor), media_cfg),
         gen_params,
         start_pos=start_pos,
         chunk_prefilling=chunk_prefilling,
