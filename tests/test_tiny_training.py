@@ -21,6 +21,7 @@ from vlmlib import IMAGE_TOKEN_INDEX, Video
 from vlmlib.tiny.clips import frames, random_clip
 from vlmlib.tiny.data import (
     IGNORE,
+    MIXES,
     PATCH_CLASSES,
     Stream,
     Writer,
@@ -307,9 +308,13 @@ def test_the_stream_depends_on_seed_and_step_only(name):
 
 def test_questions_of_one_picture_differ():
     for index in range(50):
-        for shown in (train_scene(index), train_detail_scene(index), random_clip(index)):
-            asked = choose_questions(shown, random.Random(index), 8)
-            assert asked and len({qa.question for qa in asked}) >= len(asked) - 1
+        shown = {"scene": train_scene(index), "print": train_detail_scene(index)}
+        shown["clip"] = random_clip(index)
+        for mix in MIXES.values():
+            for content, share in mix.items():
+                asked = choose_questions(shown[content], share, random.Random(index), 8)
+                assert asked and len({qa.question for qa in asked}) >= len(asked) - 1
+                assert {qa.kind for qa in asked} <= {*share.weights, share.usual}
 
 
 # ----------------------------------------------------------------------------- training
@@ -627,11 +632,11 @@ def test_all_is_measured_and_in_the_card(name, folders, monkeypatch):
 
 def test_the_card_tells_the_run_from_its_log(folders):
     recipe = {"steps": 9, "seed": 0, "batch_size": 32, "asked": 6, "look_steps": 2}
-    start = {"recipe": recipe, "machine": "a laptop", "weights": {"where": 1}}
+    start = {"recipe": recipe, "machine": "a laptop", "mix": {"where": 1}}
     entries = [
         {"start": 0, **start, "started_from": "data/first"},
         {"step": 4, "seconds": 60.0, "loss": 3.0},
-        {"start": 4, **start, "weights": {"where": 2}},
+        {"start": 4, **start, "mix": {"where": 2}},
         {"step": 9, "seconds": 120.0, "loss": 0.5},
     ]
     text = "\n".join(json.dumps(entry) for entry in entries)
@@ -643,5 +648,5 @@ def test_the_card_tells_the_run_from_its_log(folders):
     card = model_card(folders / "tiny-llava", shared("tiny-llava"), numbers, "the command", 112)
     log.unlink()
     assert "in 3 minutes on a laptop" in card and "3.00 when that began, 0.5000" in card
-    assert "from step 4 on" in card and "| exist | 1 | 0.0% |" in card
+    assert "changed at step 4" in card and "| exist | 1 | 0.0% |" in card
     assert "Begun with the weights of `data/first`" in card

@@ -15,7 +15,7 @@ Axes: b sequences, n tokens, t tiles of all pictures, p patches of a tile.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,15 +54,15 @@ WEIGHTS = {
     "count": 0.4,
     "count_shape": 2.0,
     "count_colour": 2.0,
-    "where": 6.0,
+    "where": 3.0,
     "at": 2.0,
-    "colour": 1.8,
-    "size": 0.8,
-    "left": 6.0,
-    "right": 6.0,
-    "above": 6.0,
-    "below": 6.0,
-    "exist": 2.5,
+    "colour": 1.5,
+    "size": 0.6,
+    "left": 8.0,
+    "right": 8.0,
+    "above": 8.0,
+    "below": 8.0,
+    "exist": 2.0,
     "read_label": 1.8,
     "find_label": 2.0,
 }
@@ -77,12 +77,36 @@ CLIP_WEIGHTS = {
 }
 """How often each kind of question is asked; the slow learners more often."""
 
-MIXES = {
-    "llava": {"scene": 1.0},
-    "nvila": {"scene": 0.45, "print": 0.35, "clip": 0.2},
-    "internvl": {"scene": 0.45, "print": 0.35, "clip": 0.2},
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much of the training stream is of one content, and what is asked about it.
+
+    weights  how often each kind of question is asked
+    usual    the kind that is asked about every other one besides; it can always be asked
+    """
+
+    of_all: float
+    weights: Mapping[str, float]
+    usual: str
+
+
+SCENES_AND_CLIPS = {
+    "scene": Share(0.45, WEIGHTS, "caption"),
+    "print": Share(0.35, WEIGHTS | PRINT_WEIGHTS, "caption"),
+    "clip": Share(0.2, CLIP_WEIGHTS, "happens"),
 }
-"""What each family learns from. LLaVA takes no clips, and sees too little for small print."""
+MIXES = {
+    "llava": {
+        "scene": Share(0.85, WEIGHTS, "caption"),
+        "print": Share(0.15, PRINT_WEIGHTS, "find_print"),
+    },
+    "nvila": SCENES_AND_CLIPS,
+    "internvl": SCENES_AND_CLIPS,
+}
+"""What each family learns from. LLaVA takes no clips, and crops a picture to a square: it is asked
+for small print like the others, but not for things that it may not see.
+"""
 
 FRAMES = 8
 
@@ -279,22 +303,15 @@ def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1
 PATCH_CLASSES = tuple(1 + len(x) for x in (SHAPES, COLOURS, RADII, LABELS, PRINTS))
 
 
-def choose_questions(shown: Scene | Clip, rng: random.Random, count: int) -> list[QA]:
-    """About `count` different questions by their weights; every other time what all can be asked
-    too: a caption, or what happens.
-    """
-    if isinstance(shown, Clip):
-        pose, weights, usual = ask_clip, CLIP_WEIGHTS, "happens"
-    else:
-        pose, weights, usual = ask, WEIGHTS, "caption"
-        if any(thing.print for thing in shown.things):
-            weights = WEIGHTS | PRINT_WEIGHTS
-    kinds = rng.choices(tuple(weights), weights=tuple(weights.values()), k=count)
+def choose_questions(shown: Scene | Clip, share: Share, rng: random.Random, count: int) -> list[QA]:
+    """About `count` different questions by their weights; every other time the usual one too."""
+    pose = ask_clip if isinstance(shown, Clip) else ask
+    kinds = rng.choices(tuple(share.weights), weights=tuple(share.weights.values()), k=count)
     if rng.random() < 0.5:
-        kinds.append(usual)
+        kinds.append(share.usual)
     asked = [pose(shown, kind, rng) for kind in kinds]
     different = {qa.question: qa for qa in asked if qa}
-    chosen = list(different.values()) or [pose(shown, usual, rng)]
+    chosen = list(different.values()) or [pose(shown, share.usual, rng)]
     rng.shuffle(chosen)
     return [_as_typed(qa, rng) for qa in chosen]
 
@@ -333,10 +350,10 @@ class Stream(Dataset):
         return batch
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
-        contents, shares = zip(*self.mix.items(), strict=True)
-        (content,) = random.Random(f"content {index}").choices(contents, shares)
+        shares = [share.of_all for share in self.mix.values()]
+        (content,) = random.Random(f"content {index}").choices(tuple(self.mix), shares)
         shown, rng = CONTENTS[content](index), random.Random(index)
-        pairs = choose_questions(shown, rng, asked) if asked else []
+        pairs = choose_questions(shown, self.mix[content], rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
         if content == "clip":

@@ -436,13 +436,13 @@ def _origin(starts: Sequence[dict]) -> str:
 
 
 def _reweighted(starts: Sequence[dict]) -> str:
-    """A sentence about where a run was resumed with other question weights."""
-    steps = [f"{b['start']:,}" for a, b in pairwise(starts) if a["weights"] != b["weights"]]
+    """A sentence about where a run was resumed with another mix of questions."""
+    steps = [f"{b['start']:,}" for a, b in pairwise(starts) if a["mix"] != b["mix"]]
     if not steps:
         return ""
     return (
-        f" Kinds of question that lagged were asked more often from step {', '.join(steps)} on; "
-        "the log has the weights."
+        f" What was asked, and how often, changed at step {', '.join(steps)}, towards what lagged; "
+        "the log has the numbers."
     )
 
 

@@ -195,7 +195,9 @@ into two rows of tiles, a tall one into two columns; what lay on the cut could n
 
 
 def detail_scene(seed: int) -> Scene:
-    """The scene with small print of this seed: large pictures, square, wide or tall."""
+    """The scene with small print of this seed: large pictures, square, wide or tall. One thing at
+    least carries print.
+    """
     rng = random.Random(f"small print {seed}")
     count = rng.choices(range(2, MAX_THINGS + 1), weights=(2, 3, 3, 2))[0]
     places, aspect = FORMATS[rng.choice(("square", "square", "wide", "tall"))]
@@ -203,7 +205,7 @@ def detail_scene(seed: int) -> Scene:
     things: list[Thing] = []
     for place, *choices in zip(sorted(rng.sample(places, count)), *prints, strict=True):
         thing = _random_thing(rng, place, "", 0.0, things)
-        printed = thing.size == "large" or rng.random() < 0.5
+        printed = not things or thing.size == "large" or rng.random() < 0.5
         what = rng.choice(choices)
         small_shift = (thing.shift[0] / 4, thing.shift[1] / 4)
         large = replace(thing, size="large", print=what, shift=small_shift)

@@ -21,7 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -34,17 +34,7 @@ from transformers.utils import logging
 from ..loading import load
 from ..model import VisionLanguageModel
 from ..tokenization import IMAGE_TOKEN_INDEX
-from .data import (
-    CLIP_WEIGHTS,
-    IGNORE,
-    MIXES,
-    PATCH_CLASSES,
-    PRINT_WEIGHTS,
-    WEIGHTS,
-    Batch,
-    Stream,
-    attention_mask,
-)
+from .data import IGNORE, MIXES, PATCH_CLASSES, Batch, Stream, attention_mask
 from .evaluate import by_kind, grade
 from .model import BUILDERS, build, parts, save, warm_start
 from .scenes import VALIDATION
@@ -92,6 +82,9 @@ class Recipe:
         return self.patch_loss * min(1.0, max(0.0, 1 - speaking / self.patch_loss_until))
 
 
+NUMBERS = {field.name: field.default for field in fields(Recipe) if field.name != "model"}
+
+
 class PatchReader(nn.Module):
     """Reads what `patch_targets` names off every patch. Thrown away after training."""
 
@@ -128,7 +121,7 @@ class Trainer:
         self.model = build(recipe.model, recipe.seed)
         self.parts = parts(self.model)
         for name in ("tower", "language"):
-            self.parts[name].set_attn_implementation("eager")
+            self.parts[name].set_attn_implementation("sdpa")
         embed_patches_by_matrix(self.parts)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -356,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "start": trainer.step,
             "recipe": asdict(recipe),
-            "weights": WEIGHTS | PRINT_WEIGHTS | CLIP_WEIGHTS,
+            "mix": {name: asdict(share) for name, share in MIXES[trainer.model.family].items()},
             "started_from": options.start and options.start.as_posix(),
             "machine": machine(options.threads),
         }
@@ -368,9 +361,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of a fresh run; a run against the clock starts to answer at once."""
-    steps = options.steps or Recipe().steps
-    look_steps = 0 if options.minutes else min(Recipe().look_steps, steps // 3)
-    return Recipe(options.model, steps=steps, look_steps=look_steps, seed=options.seed)
+    given = {name: getattr(options, name) for name in NUMBERS}
+    given = {name: value for name, value in given.items() if value is not None}
+    steps = given.get("steps", NUMBERS["steps"])
+    look_steps = 0 if options.minutes else min(NUMBERS["look_steps"], steps // 3)
+    return Recipe(options.model, **{"look_steps": look_steps, **given})
 
 
 def machine(threads: int) -> str:
@@ -383,12 +378,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=tuple(BUILDERS), default="tiny-llava")
     parser.add_argument("--start", type=Path, help="tiny-llava folder to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, help=f"default {Recipe().steps}, or as before")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=1, help="processes that make data")
     parser.add_argument("--minutes", type=float, help="stop then; fail unless the loss halved")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    numbers = parser.add_argument_group("numbers of the recipe")
+    for name, value in NUMBERS.items():
+        option = f"--{name.replace('_', '-')}"
+        numbers.add_argument(option, type=type(value), help=f"default {value:g}")
     return parser.parse_args(arguments)
 
 
