@@ -18,6 +18,7 @@ from transformers import (
 
 import vlmlib
 from vlmlib import IMAGE_TOKEN_INDEX, Video
+from vlmlib.tiny import data
 from vlmlib.tiny.clips import frames, random_clip
 from vlmlib.tiny.data import (
     IGNORE,
@@ -298,7 +299,7 @@ def test_small_print_is_read_from_the_tiles_that_show_it(index):
 
 @EVERY
 def test_the_stream_depends_on_seed_and_step_only(name):
-    first, again, other = (Stream(shared(name), 2, seed=seed)[5] for seed in (1, 1, 2))
+    first, again, other = (Stream(shared(name), 2, seed=seed)[5][0] for seed in (1, 1, 2))
     assert torch.equal(first.ids, again.ids) and torch.equal(first.pixels, again.pixels)
     assert torch.equal(first.patches, again.patches)
     assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
@@ -365,6 +366,19 @@ def test_muon_gets_matrices_and_every_parameter_has_one_optimizer(name):
     assert len(matrices) + len(others) == len(everything)
 
 
+@EVERY
+def test_sequences_in_several_batches_count_as_in_one(name, monkeypatch):
+    seen = []
+    for together in (4, 1):
+        monkeypatch.setattr(data, "TOGETHER", together)
+        trainer = Trainer(Recipe(name, steps=9, look_steps=0, batch_size=4, asked=3, warm_up=1))
+        work = Stream(trainer.model, 4, asked=3)[0]
+        assert len(work) == 4 // together
+        seen.append([trainer.train_step(work) for _ in range(2)])
+    for one, many in zip(*seen, strict=True):
+        assert one == pytest.approx(many, rel=0.02)
+
+
 def test_sixty_steps_lower_the_loss():
     seen = []
     trainer = Trainer(Recipe(steps=60, look_steps=0, batch_size=8, asked=3, warm_up=10))
@@ -383,7 +397,7 @@ def test_some_steps_on_one_batch_lower_the_loss(name, tmp_path):
     save(trainer.model, tmp_path / name)
     loaded = vlmlib.load(tmp_path / name, device="cpu")
     with torch.inference_mode():
-        seen = [m.tower_features(batch.pixels[:1]) for m in (trainer.model, loaded)]
+        seen = [m.tower_features(batch[0].pixels[:1]) for m in (trainer.model, loaded)]
     torch.testing.assert_close(*seen, atol=5e-2, rtol=0)
 
 

@@ -1,6 +1,6 @@
 """The training stream: scenes and clips in, padded batches of token ids, tiles and targets out.
 
-Step number s of a run always gives the same batch, so a run that stops can go on where it was.
+Step number s of a run always gives the same batches, so a run that stops can go on where it was.
 
 One sequence holds one picture or clip and several questions about it. In three sequences of four
 the questions are *isolated*: each sees the picture and itself, at the positions it would have
@@ -109,6 +109,7 @@ for small print like the others, but not for things that it may not see.
 """
 
 FRAMES = 8
+TOGETHER = 8
 
 CONTENTS = {"scene": train_scene, "print": train_detail_scene, "clip": train_clip}
 
@@ -209,7 +210,7 @@ def _behind_media(ids: Sequence[int]) -> int:
 
 @dataclass(slots=True)
 class Batch:
-    """One step's work, padded on the right."""
+    """Some sequences, padded on the right."""
 
     pixels: Tensor  # (t, 3, h, w)
     tiles: list[int]  # how many of them each medium has
@@ -324,7 +325,11 @@ def _as_typed(qa: QA, rng: random.Random) -> QA:
 
 
 class Stream(Dataset):
-    """Item s is the batch of step s of the run with this seed; no questions in `look_steps`."""
+    """Item s is the work of step s of the run with this seed; no questions in `look_steps`.
+
+    The sequences come in batches of `TOGETHER`, sorted by length: scenes, tiled pictures and clips
+    differ so much that half of one large batch would be padding.
+    """
 
     def __init__(
         self,
@@ -341,13 +346,16 @@ class Stream(Dataset):
         self.asked = asked
         self.look_steps = look_steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> list[Batch]:
         first = self.seed * 10**9 + step * self.batch_size
         asked = 0 if step < self.look_steps else self.asked
         rows = [self._row(first + index, asked) for index in range(self.batch_size)]
-        batch = collate(*zip(*rows, strict=True))
-        batch.pixels = batch.pixels.bfloat16()  # as the tower computes; half as much to hand over
-        return batch
+        rows.sort(key=lambda pair: len(pair[0].tokens.ids))
+        groups = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
+        batches = [collate(*zip(*group, strict=True)) for group in groups]
+        for batch in batches:
+            batch.pixels = batch.pixels.bfloat16()  # as the tower computes; half as much to hand on
+        return batches
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
         shares = [share.of_all for share in self.mix.values()]

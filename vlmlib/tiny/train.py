@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -141,25 +142,31 @@ class Trainer:
             ),
         ]
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """One update; returns the losses by name."""
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One update from all batches together; returns the mean losses by name."""
         self._set_rates()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = self.model.tower_features(batch.pixels)
-            patch_loss = self.reader(features, batch.patches)
-            loss = self.recipe.patch_weight(self.step) * patch_loss
-            losses = {"patch_loss": patch_loss.item()}
-            if not self.recipe.looking(self.step):
-                logits, targets = answer_logits(self.model, features, batch)
-                answer_loss = F.cross_entropy(logits.float(), targets)
-                loss = loss + answer_loss
-                losses["loss"] = answer_loss.item()
-        loss.backward()
+        weight = self.recipe.patch_weight(self.step)
+        tiles = sum(len(batch.pixels) for batch in batches)
+        answers = sum(int(learnt(batch).sum()) for batch in batches)
+        sums: Counter[str] = Counter()
+        for batch in batches:
+            losses = {}
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                features = self.model.tower_features(batch.pixels)
+                if weight:
+                    share = len(batch.pixels) / tiles
+                    losses["patch_loss"] = self.reader(features, batch.patches) * share
+                if not self.recipe.looking(self.step):
+                    logits, targets = answer_logits(self.model, features, batch)
+                    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+                    losses["loss"] = total / answers
+            sums.update({name: loss.item() for name, loss in losses.items()})
+            (losses.get("loss", 0) + weight * losses.get("patch_loss", 0)).backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        return losses
+        return dict(sums)
 
     def _set_rates(self) -> None:
         share = self.recipe.rate(self.step)
@@ -234,8 +241,13 @@ def answer_logits(
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state
-    learn = batch.targets[:, 1:] != IGNORE
+    learn = learnt(batch)
     return model.net.lm_head(hidden[:, :-1][learn]), batch.targets[:, 1:][learn]
+
+
+def learnt(batch: Batch) -> Tensor:
+    """(b, n - 1) whether the token after each is to be learnt."""
+    return batch.targets[:, 1:] != IGNORE
 
 
 def run(
@@ -253,8 +265,8 @@ def run(
     scenes; `checkpoint` is called every few minutes and at the end.
     """
     began = saved = probed = time.monotonic()
-    for batch in batches(trainer, workers):
-        losses = trainer.train_step(batch)
+    for work in steps_ahead(trainer, workers):
+        losses = trainer.train_step(work)
         now = time.monotonic()
         over = bool(minutes) and now - began > 60 * minutes
         if over or trainer.step % 50 == 0 or trainer.step in (1, 10, trainer.recipe.steps):
@@ -273,8 +285,8 @@ def run(
         checkpoint()
 
 
-def batches(trainer: Trainer, workers: int) -> Iterator[Batch]:
-    """The batches from the trainer's next step on, made in the background."""
+def steps_ahead(trainer: Trainer, workers: int) -> Iterator[list[Batch]]:
+    """The work of the trainer's next step and of all after it, made in the background."""
     r = trainer.recipe
     stream = Stream(trainer.model, r.batch_size, r.seed, r.asked, r.look_steps)
     yield from DataLoader(
