@@ -12,6 +12,7 @@ MODEL  ?= tiny-llava
 OUT    ?= runs/$(MODEL)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+START  := $(if $(filter tiny-llava,$(MODEL)),,--start data/checkpoints/tiny-llava)
 DEPS   := pyproject.toml constraints.txt
 NBVAL  := --nbval --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
@@ -36,9 +37,10 @@ browser: $(VENV)/.test
 	$(BIN)/python -m pytest -m browser tests
 
 train-tiny: $(VENV)/.lab
-	$(BIN)/python -m vlmlib.tiny.train --model $(MODEL) --out $(OUT) $(if $(wildcard $(OUT).state.pt),--resume)
+	$(BIN)/python -m vlmlib.tiny.train --model $(MODEL) --out $(OUT) $(START) \
+	  $(if $(wildcard $(OUT).state.pt),--resume)
 
-eval-tiny: $(VENV)/.lab
+eval-tiny: $(VENV)/.test
 	$(BIN)/python -m vlmlib.tiny.evaluate data/checkpoints/$(MODEL)
 
 notebooks: $(VENV)/.test

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tiny_scenes import fits
 
+import vlmlib
 from vlmlib.tiny.clips import (
     CLIP_KINDS,
     EVENTS,
@@ -23,7 +26,9 @@ from vlmlib.tiny.clips import (
     reserved_clips,
     train_clip,
 )
+from vlmlib.tiny.evaluate import mp4
 from vlmlib.tiny.scenes import PLACES, Scene, Thing
+from vlmlib.video import load_video
 
 seeds = st.integers(0, 2**40)
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -103,8 +108,8 @@ def test_every_event_and_kind_occurs():
 
 def test_frames_begin_and_end_as_the_clip_says():
     for clip in [*example_clips().values(), *map(random_clip, range(20))]:
-        pictures = frames(clip, 8)
-        assert len(pictures) == 8 and {p.size for p in pictures} == {clip.scene.size}
+        pictures = frames(clip)
+        assert len(pictures) == 16 and {p.size for p in pictures} == {clip.scene.size}
         middle = [np.asarray(p).astype(int) for p in pictures]
         steps = [abs(a - b).max() > 60 for a, b in zip(middle, middle[1:], strict=False)]
         assert all(steps) if clip.event == "move" else sum(steps) == 1
@@ -128,5 +133,26 @@ def test_impossible_clips_are_refused():
         Clip(Scene((circle,)), "appear", 0)
     with pytest.raises(ValueError, match="no question kind 'taste'"):
         ask_clip(random_clip(0), "taste", random.Random(0))
-    with pytest.raises(ValueError, match="at least two frames"):
-        frames(random_clip(0), 1)
+
+
+def test_the_example_clips_are_on_disk_as_they_are_drawn():
+    folder = vlmlib.DATA / "videos"
+    described = json.loads((folder / "clips.json").read_text())
+    assert {p.name for p in folder.glob("*.mp4")} == set(described) and len(described) >= 4
+    for name, clip in example_clips().items():
+        told = described[f"{name}.mp4"]
+        assert told["clip"] == json.loads(json.dumps(clip.to_dict()))
+        assert told["questions"] == [asdict(qa) for qa in clip_questions(clip, random.Random(0))]
+        drawn = frames(clip)
+        read = load_video(folder / f"{name}.mp4", lambda n, fps: range(n))
+        assert len(read) == len(drawn)
+        for ours, theirs in zip(drawn, read, strict=True):
+            assert np.abs(np.subtract(ours, theirs, dtype=float)).mean() < 3
+
+
+def test_a_clip_is_encoded_and_read_again():
+    drawn = frames(random_clip(5), size=112)
+    read = load_video(mp4(drawn), lambda n, fps: (n == len(drawn) and fps == 8) and [0, n - 1])
+    for ours, theirs in zip((drawn[0], drawn[-1]), read, strict=True):
+        assert ours.size == theirs.size
+        assert np.abs(np.subtract(ours, theirs, dtype=float)).mean() < 6

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -150,12 +151,11 @@ def train_clip(index: int) -> Clip:
 
 
 def frames(
-    clip: Clip, count: int = FRAMES, size: int | tuple[int, int] | None = None
+    clip: Clip, moments: Sequence[float] | None = None, size: int | tuple[int, int] | None = None
 ) -> list[Image.Image]:
-    """`count` pictures at equal distances, the first and the last moment included."""
-    if count < 2:
-        raise ValueError(f"a clip has at least two frames, not {count}")
-    return [draw(clip.at(i / (count - 1)), size) for i in range(count)]
+    """A picture for each of the moments from 0 to 1; None stands for FRAMES at equal distances."""
+    moments = [i / (FRAMES - 1) for i in range(FRAMES)] if moments is None else moments
+    return [draw(clip.at(moment), size) for moment in moments]
 
 
 # ------------------------------------------------------------------- questions and answers
@@ -253,11 +253,12 @@ def example_clips() -> dict[str, Clip]:
     }
 
 
-def write_video(path: Path, pictures: Sequence[Image.Image], fps: int = FPS) -> None:
-    """Encode pictures as H.264. Needs PyAV, which only the making of clips does."""
+def write_video(file: Path | BinaryIO, pictures: Sequence[Image.Image], fps: int = FPS) -> None:
+    """Encode pictures as H.264 in an mp4 file. Needs PyAV, as only the making of clips does."""
     import av
 
-    with av.open(str(path), "w") as container:
+    target = str(file) if isinstance(file, Path) else file
+    with av.open(target, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.width, stream.height = pictures[0].size
         stream.pix_fmt = "yuv420p"

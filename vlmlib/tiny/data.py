@@ -51,20 +51,20 @@ PADDING = -1
 Source = Image.Image | Video
 
 WEIGHTS = {
-    "count": 0.4,
-    "count_shape": 2.0,
-    "count_colour": 2.0,
+    "count": 0.8,
+    "count_shape": 3.0,
+    "count_colour": 3.0,
     "where": 3.0,
     "at": 2.0,
     "colour": 1.5,
     "size": 0.6,
-    "left": 8.0,
-    "right": 8.0,
-    "above": 8.0,
-    "below": 8.0,
-    "exist": 2.0,
+    "left": 4.0,
+    "right": 4.0,
+    "above": 4.0,
+    "below": 4.0,
+    "exist": 4.0,
     "read_label": 1.8,
-    "find_label": 2.0,
+    "find_label": 4.0,
 }
 PRINT_WEIGHTS = {"read_print": 12.0, "find_print": 8.0}
 CLIP_WEIGHTS = {
@@ -109,6 +109,8 @@ for small print like the others, but not for things that it may not see.
 """
 
 FRAMES = 8
+"""Of a clip, for a model to look at."""
+
 TOGETHER = 8
 
 CONTENTS = {"scene": train_scene, "print": train_detail_scene, "clip": train_clip}
@@ -304,6 +306,13 @@ def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1
 PATCH_CLASSES = tuple(1 + len(x) for x in (SHAPES, COLOURS, RADII, LABELS, PRINTS))
 
 
+def frame_moments(offset: float) -> list[float]:
+    """When a model looks at a clip: 0 begins and ends with its first and last frame, as NVILA does;
+    0.5 takes the middle of equal parts, as InternVL does.
+    """
+    return [(i + offset) / (FRAMES - 1 + 2 * offset) for i in range(FRAMES)]
+
+
 def choose_questions(shown: Scene | Clip, share: Share, rng: random.Random, count: int) -> list[QA]:
     """About `count` different questions by their weights; every other time the usual one too."""
     pose = ask_clip if isinstance(shown, Clip) else ask
@@ -364,13 +373,13 @@ class Stream(Dataset):
         pairs = choose_questions(shown, self.mix[content], rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
+        moments = frame_moments(rng.uniform(0, 0.5))
         if content == "clip":
-            pictures = frames(shown, FRAMES, PIXELS)
+            pictures = frames(shown, moments, PIXELS)
         else:
             pictures = [draw(shown, size if content == "scene" else None)]
         row = write([Video(pictures)] if content == "clip" else pictures, pairs)
         regions = torch.cat([m.shown for m in row.media]).tolist()
-        moments = [i / (FRAMES - 1) for i in range(FRAMES)]
         scenes = map(shown.at, moments) if content == "clip" else [shown] * len(regions)
         tiles = zip(scenes, regions, strict=True)
         return row, np.stack([patch_targets(s, pictures[0].size, r) for s, r in tiles])

@@ -1,6 +1,7 @@
-"""Measure a checkpoint on held-out scenes and clips, as a user would run it.
+"""Measure checkpoints on held-out scenes and clips, as a user would run it.
 
     python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava --scenes 1000
+    python -m vlmlib.tiny.evaluate data/checkpoints/tiny-* --save data/evaluation
 
 The saved fp16 weights are loaded in fp32 by `vlmlib.load` and asked one question of every kind
 about every picture or clip, greedily. An answer counts if it is the right one letter by letter.
@@ -13,13 +14,15 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from .. import microscope
@@ -29,15 +32,17 @@ from ..loading import load
 from ..media import Medium, Video
 from ..model import VisionLanguageModel
 from ..sampling import GenParams
-from .clips import CLIP_KINDS, clip_questions, frames, random_clip
+from .clips import CLIP_KINDS, clip_questions, frames, random_clip, write_video
 from .data import FRAMES, MIXES, Writer
 from .model import parts
 from .scenes import (
     HELD_OUT,
     KINDS,
     LABELS,
+    PRINTS,
     QA,
     SHAPES,
+    WORDS,
     detail_scene,
     draw,
     outline,
@@ -47,6 +52,8 @@ from .scenes import (
 
 GREEDY = GenParams.greedy(n_predict=128)
 PRINT_KINDS = ("read_print", "find_print")
+LOOKED_AT = 200
+"""Pictures for which the attention is looked at."""
 
 Progress = Callable[[int, int], None]
 Change = Callable[[Medium], Medium]
@@ -54,11 +61,12 @@ Change = Callable[[Medium], Medium]
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """A question with the answer a model gave."""
+    """A question with the answer a model gave, and its share of the time that took, in seconds."""
 
     scene: int
     qa: QA
     given: str
+    seconds: float = 0.0
 
     @property
     def right(self) -> bool:
@@ -67,17 +75,27 @@ class Graded:
 
 def case(content: str, seed: int, pixels: int = 112) -> tuple[ImageSource | Video, list[QA]]:
     """The picture or clip of a seed and what is asked about it. `content` is "scene", "print"
-    (pictures have their own sizes, and only the print is asked for) or "clip".
+    (pictures have their own sizes, and only the print is asked for), "clip" or "mp4": the same
+    clips as files.
     """
     rng = random.Random(seed)
-    if content == "clip":
+    if content in ("clip", "mp4"):
         clip = random_clip(seed)
-        return Video(frames(clip, FRAMES, pixels)), clip_questions(clip, rng)
+        pictures = frames(clip, size=pixels)
+        source = mp4(pictures) if content == "mp4" else pictures
+        return Video(source, num_frames=FRAMES), clip_questions(clip, rng)
     if content == "print":
         scene = detail_scene(seed)
         return draw(scene), [qa for qa in questions(scene, rng) if qa.kind in PRINT_KINDS]
     scene = random_scene(seed)
     return draw(scene, pixels), questions(scene, rng)
+
+
+def mp4(pictures: Sequence[Image.Image]) -> bytes:
+    """The bytes of a video file."""
+    file = BytesIO()
+    write_video(file, pictures)
+    return file.getvalue()
 
 
 def ask_all(
@@ -119,8 +137,10 @@ def grade(
     graded: list[Graded] = []
     for done, seed in enumerate(seeds, start=1):
         source, asked = case(content, seed, pixels)
+        began = time.perf_counter()
         given = ask_all(model, source, [qa.question for qa in asked], change)
-        graded += [Graded(seed, qa, g) for qa, g in zip(asked, given, strict=True)]
+        share = (time.perf_counter() - began) / max(1, len(asked))
+        graded += [Graded(seed, qa, text, share) for qa, text in zip(asked, given, strict=True)]
         if progress:
             progress(done, len(seeds))
     return graded
@@ -205,8 +225,10 @@ def summary(graded: Sequence[Graded]) -> dict:
     """All numbers of one content, ready for JSON."""
     asked = [g for g in graded if g.qa.kind != "caption"]
     captions = [g for g in graded if g.qa.kind == "caption"]
+    shown = len({g.scene for g in graded})
     numbers = {
-        "shown": len({g.scene for g in graded}),
+        "shown": shown,
+        "seconds": sum(g.seconds for g in graded) / shown,
         "questions_right": sum(g.right for g in asked) / len(asked),
         "kinds": by_kind(graded),
         "mistakes": [
@@ -233,15 +255,16 @@ def measure(
     """
     numbers = {}
     for content in contents:
-        began = time.monotonic()
         numbers[content] = summary(grade(model, content, seeds, pixels, progress=progress))
-        numbers[content]["seconds"] = (time.monotonic() - began) / len(seeds)
-        counts = {visual_tokens(model, content, seed, pixels) for seed in seeds}
-        numbers[content]["tokens"] = sorted(counts)
+        tokens = [visual_tokens(model, content, seed, pixels) for seed in seeds]
+        mean = sum(tokens) / len(tokens)
+        numbers[content]["tokens"] = {"min": min(tokens), "mean": mean, "max": max(tokens)}
     if "print" in numbers:
-        coarse = grade(model, "print", seeds, change=without_detail, progress=progress)
-        numbers["print"]["without_detail"] = by_kind(coarse)
-        numbers["print"]["attention_hits"] = attention_hits(model, seeds)
+        numbers["print"]["chance"] = chance(seeds)
+        if is_tiled(model, seeds[0]):
+            coarse = grade(model, "print", seeds, change=without_detail, progress=progress)
+            numbers["print"]["without_detail"] = by_kind(coarse)
+        numbers["print"]["attention_hits"] = attention_hits(model, seeds[:LOOKED_AT])
     return numbers
 
 
@@ -253,28 +276,62 @@ def visual_tokens(model: VisionLanguageModel, content: str, seed: int, pixels: i
     return image_tokens(model, *source.size)
 
 
-TITLES = {"scene": "Scenes", "print": "Small print", "clip": "Clips"}
+def is_tiled(model: VisionLanguageModel, seed: int) -> bool:
+    """Whether the model looks at the picture with small print of this seed in several tiles."""
+    return len(model.prepare([case("print", seed)[0]])[0].pixels) > 1
 
 
-def table(numbers: dict) -> str:
-    """Markdown: for each content one row for every kind of question."""
-    rows = ["| kind | asked | right |", "|---|---:|---:|"]
-    for content, part in numbers.items():
-        low, high = min(part["tokens"]), max(part["tokens"])
-        tokens = f"{low}" if low == high else f"{low} to {high}"
-        rows.append(
-            f"| **{TITLES[content]}**: {part['shown']:,} of {tokens} visual tokens, "
-            f"{part['seconds']:.2f} s each with all questions | | |"
-        )
-        for kind, row in part["kinds"].items():
-            rows.append(f"| {kind} | {row['n']:,} | {row['right']:.1%} |")
-        if len(part["kinds"]) > 1:
-            rows.append(f"| all but captions | | {part['questions_right']:.1%} |")
-        if "objects_right" in part:
-            rows.append(f"| things in captions | | {part['objects_right']:.1%} |")
-        for kind, row in part.get("without_detail", {}).items():
-            rows.append(f"| {kind}, tiles enlarged | {row['n']:,} | {row['right']:.1%} |")
-    return "\n".join(rows)
+def chance(seeds: Sequence[int]) -> dict[str, float]:
+    """How often those are right who know all but the print: who guess a word or a number, or one
+    of the things that carry any.
+    """
+    shares: dict[str, list[float]] = {kind: [] for kind in PRINT_KINDS}
+    for seed in seeds:
+        printed = [thing for thing in detail_scene(seed).things if thing.print]
+        for qa in case("print", seed)[1]:
+            guesses = WORDS if " word " in qa.answer else set(PRINTS) - set(WORDS)
+            shares[qa.kind].append(1 / len(guesses if qa.kind == "read_print" else printed))
+    return {kind: sum(values) / len(values) for kind, values in shares.items() if values}
+
+
+TITLES = {
+    "scene": "Scenes",
+    "print": "Small print",
+    "clip": "Clips",
+    "mp4": "The same clips as H.264 files",
+}
+
+
+def table(models: dict[str, dict]) -> str:
+    """Markdown: a row for everything that `measure` says, a column for every model."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, numbers in models.items():
+        for content, part in numbers.items():
+            for what, asked, value in _rows(TITLES[content], part):
+                rows.setdefault((what, asked), {})[name] = value
+    lines = [f"| | asked | {' | '.join(models)} |", f"|---|---:|{'---:|' * len(models)}"]
+    for (what, asked), row in rows.items():
+        cells = " | ".join(row.get(name, "") for name in models)
+        lines.append(f"| {what} | {asked} | {cells} |")
+    return "\n".join(lines)
+
+
+def _rows(title: str, part: dict) -> Iterator[tuple[str, str, str]]:
+    """(what, how often asked, value) of one content of one model."""
+    low, high = part["tokens"]["min"], part["tokens"]["max"]
+    tokens = f"{low}" if low == high else f"{low} to {high}"
+    yield f"**{title}**, {part['shown']:,}: visual tokens of each", "", tokens
+    yield f"{title}: seconds for each with all questions", "", f"{part['seconds']:.2f}"
+    for kind, row in part["kinds"].items():
+        yield f"{title}: {kind}", f"{row['n']:,}", f"{row['right']:.1%}"
+    if len(part["kinds"]) > 1:
+        yield f"{title}: all but captions", "", f"{part['questions_right']:.1%}"
+    if "objects_right" in part:
+        yield f"{title}: things in captions", "", f"{part['objects_right']:.1%}"
+    for kind, row in part.get("without_detail", {}).items():
+        yield f"{title}: {kind}, tiles enlarged", f"{row['n']:,}", f"{row['right']:.1%}"
+    for kind, share in part.get("chance", {}).items():
+        yield f"{title}: {kind}, by chance", "", f"{share:.1%}"
 
 
 ABLATION = """
@@ -360,7 +417,7 @@ def model_card(
     """The README of a checkpoint; every number in it is computed."""
     native = model.family != "nvila"
     hits = numbers.get("print", {}).get("attention_hits")
-    knows = "; ".join(KNOWS[content] for content in numbers)
+    knows = "; ".join(KNOWS[content] for content in numbers if content in KNOWS)
     return CARD.format(
         name=folder.name,
         folder=folder.as_posix(),
@@ -374,7 +431,7 @@ def model_card(
         training=_training(folder / "training_log.jsonl"),
         command=command,
         pixels=pixels,
-        table=table(numbers),
+        table=table({folder.name: numbers}),
         ablation=ABLATION.format(hits=", ".join(f"{h:.0%}" for h in hits)) if hits else "",
         knows=knows.format(shapes=", ".join(SHAPES), labels=" ".join(LABELS)),
     )
@@ -460,39 +517,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     if options.seed + options.scenes > len(HELD_OUT):
         raise SystemExit(f"only the seeds below {len(HELD_OUT)} are held out")
-    model = load(options.checkpoint, device="cpu", dtype=torch.float32)
-    contents = options.content or list(MIXES[model.family])
+    everything = {}
+    for folder in options.checkpoint:
+        everything[folder.name] = _measure_and_write_card(folder, options)
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(everything, indent=1) + "\n"
+        (options.save / "evaluation.json").write_text(text, encoding="utf-8")
+        words = table(everything) + "\n"
+        (options.save / "evaluation.md").write_text(words, encoding="utf-8")
+
+
+def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
+    model = load(folder, device="cpu", dtype=torch.float32)
+    learnt = list(MIXES[model.family])
+    contents = options.content or learnt + ["mp4"] * ("clip" in learnt)
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:
         seconds = time.monotonic() - began
-        print(f"\r{done:,} of {total:,} pictures or clips, {seconds:.0f} s ", end="", flush=True)
+        words = f"{folder.name}: {done:,} of {total:,} pictures or clips, {seconds:.0f} s "
+        print(f"\r{words}", end="", flush=True)
 
     seeds = range(options.seed, options.seed + options.scenes)
     numbers = measure(model, contents, seeds, options.pixels, progress)
-    print(f"\n\n{table(numbers)}")
-    if options.json:
-        options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print(f"\n\n{table({folder.name: numbers})}\n")
     command = (
-        f"python -m vlmlib.tiny.evaluate {options.checkpoint} "
+        f"python -m vlmlib.tiny.evaluate {folder.as_posix()} "
         f"--scenes {options.scenes} --seed {options.seed} --pixels {options.pixels}"
     )
-    card = model_card(options.checkpoint, model, numbers, command, options.pixels)
-    (options.checkpoint / "README.md").write_text(card, encoding="utf-8")
+    card = model_card(folder, model, numbers, command, options.pixels)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return numbers
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measure a checkpoint on held-out scenes and clips and write its model card."
+        description="Measure checkpoints on held-out scenes and clips and write their model cards."
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="+")
     parser.add_argument("--scenes", type=int, default=1_000, help="how many of each content")
     parser.add_argument("--seed", type=int, default=0, help="first held-out seed")
     parser.add_argument("--pixels", type=int, default=112, help="side of plain scenes and clips")
     parser.add_argument(
         "--content", choices=tuple(TITLES), action="append", help="default: what it learnt from"
     )
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--save", type=Path, help="folder for evaluation.json and evaluation.md")
     return parser.parse_args(arguments)
 
 

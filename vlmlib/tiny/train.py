@@ -83,7 +83,15 @@ class Recipe:
         return self.patch_loss * min(1.0, max(0.0, 1 - speaking / self.patch_loss_until))
 
 
-NUMBERS = {field.name: field.default for field in fields(Recipe) if field.name != "model"}
+_START = {"steps": 5_000, "look_steps": 1_000, "batch_size": 16}
+RECIPES = {
+    "tiny-llava": Recipe(),
+    "tiny-nvila": Recipe("tiny-nvila", **_START),
+    "tiny-internvl": Recipe("tiny-internvl", **_START),
+}
+"""The two that see tiles begin with what tiny-llava knows (`--start`): half the pictures a step,
+each of many tiles.
+"""
 
 
 class PatchReader(nn.Module):
@@ -373,11 +381,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of a fresh run; a run against the clock starts to answer at once."""
-    given = {name: getattr(options, name) for name in NUMBERS}
+    usual = RECIPES[options.model]
+    given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
-    steps = given.get("steps", NUMBERS["steps"])
-    look_steps = 0 if options.minutes else min(NUMBERS["look_steps"], steps // 3)
-    return Recipe(options.model, **{"look_steps": look_steps, **given})
+    steps = given.get("steps", usual.steps)
+    look_steps = 0 if options.minutes else min(usual.look_steps, steps // 3)
+    return replace(usual, **{"look_steps": look_steps, **given})
 
 
 def machine(threads: int) -> str:
@@ -395,9 +404,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop then; fail unless the loss halved")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     numbers = parser.add_argument_group("numbers of the recipe")
-    for name, value in NUMBERS.items():
-        option = f"--{name.replace('_', '-')}"
-        numbers.add_argument(option, type=type(value), help=f"default {value:g}")
+    for field in fields(Recipe):
+        if field.name != "model":
+            option = f"--{field.name.replace('_', '-')}"
+            usual = ", ".join(
+                dict.fromkeys(f"{getattr(r, field.name):g}" for r in RECIPES.values())
+            )
+            numbers.add_argument(option, type=type(field.default), help=f"default {usual}")
     return parser.parse_args(arguments)
 
 
