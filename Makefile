@@ -12,7 +12,8 @@ MODEL  ?= tiny-llava
 OUT    ?= runs/$(MODEL)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-START  := $(if $(filter tiny-llava,$(MODEL)),,--start data/checkpoints/tiny-llava)
+BEFORE := tiny-internvl:tiny-llava tiny-nvila:tiny-internvl
+START  := $(addprefix --start data/checkpoints/,$(patsubst $(MODEL):%,%,$(filter $(MODEL):%,$(BEFORE))))
 DEPS   := pyproject.toml constraints.txt
 NBVAL  := --nbval --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 

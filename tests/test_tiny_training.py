@@ -448,6 +448,24 @@ def test_a_warm_start_sees_what_llava_sees(name):
         assert key in copied or key == "head.weight" or torch.equal(value, before[key]), key
 
 
+def test_a_warm_start_sees_what_internvl_sees():
+    source, model = build("tiny-internvl", seed=3), build("tiny-nvila", seed=4)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in parts(source).named_parameters():
+            if "lambda" in name:
+                parameter.uniform_(0.5, 2, generator=generator)
+    pixels = source.prepare([draw(random_scene(5))])[0].pixels
+    with torch.inference_mode():
+        before, wanted = model.tower_features(pixels), source.tower_features(pixels)
+    copied = warm_start(model, source)
+    assert {name.split(".")[0] for name in copied} == {"tower", "language"}
+    with torch.inference_mode():
+        seen = model.tower_features(pixels)
+    alike = torch.nn.functional.cosine_similarity  # but for the class token, which SigLIP has not
+    assert alike(seen, wanted, dim=-1).min() > 0.98 > alike(before, wanted, dim=-1).max()
+
+
 def test_a_warm_start_of_the_same_family_is_a_copy():
     source, model = vlmlib.load("tiny-llava", device="cpu"), build("tiny-llava")
     assert set(warm_start(model, source)) == dict(parts(model).named_parameters()).keys()

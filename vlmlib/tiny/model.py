@@ -223,28 +223,47 @@ CLASS = "tower.embeddings.class_embedding"
 
 
 @torch.no_grad()
-def warm_start(model: VisionLanguageModel, source: Llava) -> list[str]:
-    """Copy from a tiny LLaVA what has the same meaning; returns the names of what was copied.
+def warm_start(model: VisionLanguageModel, source: VisionLanguageModel) -> list[str]:
+    """Copy from another tiny model what has the same meaning; returns the names of what was copied.
 
-    These are the layers of the tower and of the language model, the embeddings of the vocabulary
-    that both have and those of patches and places. CLIP alone normalises these; for another tower
-    that is folded into the weights, with the spread of a typical picture.
+    Within a family that is everything. Otherwise it is the layers of the tower and of the language
+    model, the embeddings of the vocabulary that both have and those of patches and places. What the
+    towers do differently is folded into the weights: CLIP alone normalises its embeddings (that
+    takes the spread of a typical picture), and InternVL alone scales what a layer adds.
     """
-    same = isinstance(model, Llava)
-    theirs = dict(parts(source).named_parameters())
-    theirs = theirs if same else theirs | _normed_embeddings(theirs, source)
+    same = type(model) is type(source)
+    own = dict(parts(source).named_parameters())
+    theirs = own if same else {_clip_name(name): value for name, value in own.items()}
+    if not same and isinstance(source, Llava):
+        theirs |= _normed_embeddings(theirs, source)
+    elif not same and isinstance(source, InternVL):
+        theirs |= _scaled_layers(theirs)
     copied = []
     for name, parameter in parts(model).named_parameters():
-        value = theirs.get(_clip_name(name))
+        value = theirs.get(name if same else _clip_name(name))
         if value is None or not (same or name.startswith(("tower.", "language."))):
             continue
         if name == "language.embed_tokens.weight":
-            parameter[: len(value)] = value
-        else:  # SigLIP has no place for a class token; InternVL's has an axis more
+            rows = min(len(value), len(parameter))
+            parameter[:rows] = value[:rows]
+        else:  # SigLIP has no place for a class token; InternVL's places have an axis more
             rows = parameter.shape[-2] if _clip_name(name) == POSITIONS else len(value)
             parameter.copy_(value[-rows:].reshape(parameter.shape))
         copied.append(name)
     return copied
+
+
+def _scaled_layers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """InternVL's layers without the scales of what they add, and places without the first axis."""
+    changed = {POSITIONS: weights[POSITIONS][0]}
+    for name, scale in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if kind in ("lambda_1", "lambda_2"):
+            last = "self_attn.out_proj" if kind == "lambda_1" else "mlp.fc2"
+            weight, bias = (weights[f"{layer}.{last}.{what}"] for what in ("weight", "bias"))
+            changed[f"{layer}.{last}.weight"] = weight * scale[:, None]
+            changed[f"{layer}.{last}.bias"] = bias * scale
+    return changed
 
 
 def _clip_name(name: str) -> str:

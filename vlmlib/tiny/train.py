@@ -2,12 +2,12 @@
 
     python -m vlmlib.tiny.train --out data/checkpoints/tiny-llava      # the whole run
     python -m vlmlib.tiny.train --out /tmp/smoke --minutes 1           # does it learn at all?
-    python -m vlmlib.tiny.train --model tiny-nvila --start data/checkpoints/tiny-llava --out ...
+    python -m vlmlib.tiny.train --model tiny-internvl --start data/checkpoints/tiny-llava --out ...
 
 The recipe: Muon for the matrices inside the layers and AdamW for the rest; a warm-up, a flat
 stretch and a linear decay; bf16 arithmetic, fp32 weights. First the tower learns to look: a loss
 reads shape, colour, size, label and small print from every picture patch. Then all parts learn to
-answer, and the patch loss fades out. With `--start` a model begins with what a tiny LLaVA knows.
+answer, and the patch loss fades out. With `--start` a model begins with what another one knows.
 
 Next to the checkpoint folder stands `NAME.state.pt` with all that `--resume` needs to go on
 exactly as if the run had never stopped.
@@ -83,14 +83,13 @@ class Recipe:
         return self.patch_loss * min(1.0, max(0.0, 1 - speaking / self.patch_loss_until))
 
 
-_START = {"steps": 5_000, "look_steps": 1_000, "batch_size": 16}
 RECIPES = {
     "tiny-llava": Recipe(),
-    "tiny-nvila": Recipe("tiny-nvila", **_START),
-    "tiny-internvl": Recipe("tiny-internvl", **_START),
+    "tiny-internvl": Recipe("tiny-internvl", steps=5_000, look_steps=1_000, batch_size=16),
+    "tiny-nvila": Recipe("tiny-nvila", steps=3_000, look_steps=300, batch_size=16),
 }
-"""The two that see tiles begin with what tiny-llava knows (`--start`): half the pictures a step,
-each of many tiles.
+"""tiny-llava begins with nothing, each other one (`--start`) with what the one before has learnt. Half
+the pictures a step, each of many tiles.
 """
 
 
@@ -397,7 +396,7 @@ def machine(threads: int) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small model.")
     parser.add_argument("--model", choices=tuple(BUILDERS), default="tiny-llava")
-    parser.add_argument("--start", type=Path, help="tiny-llava folder to begin with")
+    parser.add_argument("--start", type=Path, help="folder of the small model to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=1, help="processes that make data")
