@@ -88,8 +88,8 @@ RECIPES = {
     "tiny-internvl": Recipe("tiny-internvl", steps=5_000, look_steps=1_000, batch_size=16),
     "tiny-nvila": Recipe("tiny-nvila", steps=3_000, look_steps=300, batch_size=16),
 }
-"""tiny-llava begins with nothing, each other one (`--start`) with what the one before has learnt. Half
-the pictures a step, each of many tiles.
+"""tiny-llava begins with nothing, each other one (`--start`) with what the one before it learnt.
+These take half the pictures a step, each of many tiles.
 """
 
 
