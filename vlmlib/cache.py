@@ -8,19 +8,70 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from .errors import CacheError
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, in a buffer that doubles when it is full: a new position is
+    written into its place, where a DynamicLayer copies all positions. No gradients flow through it.
+
+    buffer        (2, b, k, room, e): keys and values
+    keys, values  (b, k, n, e): views of it, up to the last position
+    """
+
+    SMALLEST = 256
+    buffer: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Append (b, k, m, e) keys and values -> all keys, all values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffer = None
+        start = self.get_seq_length()
+        self._make_room(start + key_states.shape[-2], key_states)
+        self.buffer[0, :, :, start : start + key_states.shape[-2]] = key_states.detach()
+        self.buffer[1, :, :, start : start + key_states.shape[-2]] = value_states.detach()
+        return self._hold(start + key_states.shape[-2])
+
+    def append(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` by one position of one sequence: (2 k, e), the keys and then the values."""
+        n = self.keys.shape[-2]
+        self._make_room(n + 1, self.keys)
+        self.buffer[:, 0, :, n] = rows.view(2, -1, rows.shape[-1])
+        return self._hold(n + 1)
+
+    def _hold(self, n: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self.buffer[:, :, :, :n].unbind(0)
+        return self.keys, self.values
+
+    def _make_room(self, n: int, like: Tensor) -> None:
+        room = 0 if self.buffer is None else self.buffer.shape[3]
+        if n <= room:
+            return
+        b, k, _, e = like.shape
+        with torch.inference_mode(False):  # so that it can be written in and out of that mode
+            new = torch.empty(2, b, k, max(self.SMALLEST, 2 * room, n), e, dtype=like.dtype,
+                              device=like.device)  # fmt: skip
+        if room:
+            new[:, :, :, :room] = self.buffer
+        self.buffer = new
+
+
 class KVCache:
-    """transformers' DynamicCache plus `content`, one entry a position.
+    """transformers' cache plus `content`, one entry a position.
 
     An entry is a token id, or for a picture's position a pair (digest of the picture, index).
     """
 
     def __init__(self, config: PreTrainedConfig):
         self.past = DynamicCache(config=config.get_text_config(decoder=True))
+        if all(type(layer) is DynamicLayer for layer in self.past.layers):
+            self.past.layers = [GrowingLayer() for _ in self.past.layers]
         self.content: list[Hashable] = []
 
     def __len__(self) -> int:

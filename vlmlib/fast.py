@@ -1,0 +1,132 @@
+"""One decode step with nothing in its way: transformers' weights, plain tensor code.
+
+transformers' modules serve every case, and for one token of a small model that generality costs
+more than the arithmetic. A `FastDecoder` reads the same weights and does the one case that decoding
+needs: one token of one sequence, at the end of its cache. q, k and v are one product, and so are
+gate and up; rotation and caching are done for all heads at once.
+
+Axes: d width, h heads of queries, k heads of keys and of values, e their width, n positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaModel, PreTrainedModel, Qwen2Model
+
+from .cache import KVCache
+
+DECODERS = (LlamaModel, Qwen2Model)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one decoder layer, each (out, in)."""
+
+    norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class FastDecoder:
+    """Llama's or Qwen2's decoder with its head. Shares all weights with `net`, copies none for long:
+    fused matrices take the place of the separate ones, which become views of them.
+    """
+
+    def __init__(self, net: PreTrainedModel) -> None:
+        decoder = net.get_decoder()
+        config = decoder.config
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = decoder.layers[0].self_attn.head_dim
+        self.eps = config.rms_norm_eps
+        self.layers = [_fused(layer) for layer in decoder.layers]
+        self.norm, self.head = decoder.norm.weight, net.lm_head.weight
+        self.embeddings = decoder.embed_tokens.weight
+        self.rotary, self.cos, self.sin = decoder.rotary_emb, None, None
+
+    @staticmethod
+    def supports(net: PreTrainedModel) -> bool:
+        """Whether this is a decoder that `FastDecoder` knows, with weights that it can fuse."""
+        decoder = net.get_decoder()
+        if type(decoder) not in DECODERS or getattr(net.lm_head, "bias", None) is not None:
+            return False
+        config = decoder.config
+        linear = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
+        return (
+            config.hidden_act == "silu"
+            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+            and decoder.rotary_emb.rope_type != "dynamic"
+            and all(type(m) is nn.Linear for m in linear)
+            and all(layer.mlp.down_proj.bias is None for layer in decoder.layers)
+            and all(layer.self_attn.o_proj.bias is None for layer in decoder.layers)
+        )
+
+    def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
+        """Feed one (1, 1) id behind all that `cache` holds -> (1, v) logits."""
+        n = len(cache)
+        cos, sin = self._rotation(n)
+        x = F.embedding(token[0], self.embeddings)  # (1, d)
+        width = x.shape[1:]
+        for layer, past in zip(self.layers, cache.past.layers, strict=True):
+            y = F.rms_norm(x, width, layer.norm, self.eps)
+            qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(-1, self.head_dim)  # (h + 2k, e)
+            qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
+            keys, values = past.append(qkv[self.heads :])
+            q = qkv[: self.heads].view(1, self.heads, 1, self.head_dim)
+            y = F.scaled_dot_product_attention(
+                q, keys, values, enable_gqa=self.heads != self.kv_heads
+            )
+            x = torch.addmm(x, y.view(1, -1), layer.o.T)
+            y = F.rms_norm(x, width, layer.mlp_norm, self.eps)
+            gate, up = F.linear(y, layer.gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate).mul_(up), layer.down.T)
+        return F.linear(F.rms_norm(x, width, self.norm, self.eps), self.head)
+
+    def _rotation(self, n: int) -> tuple[Tensor, Tensor]:
+        """(h + 2k, e) cosines and sines for position n: 1 and 0 for values, which do not turn."""
+        if self.cos is None or n >= len(self.cos):
+            self._make_tables(max(256, 2 * n))
+        return self.cos[n], self.sin[n]
+
+    def _make_tables(self, length: int) -> None:
+        x = self.embeddings[:1, : self.head_dim]
+        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])  # (1, n, e)
+        sin = sin * torch.where(torch.arange(self.head_dim, device=x.device) < self.head_dim // 2, -1, 1)
+        turned, still = self.heads + self.kv_heads, self.kv_heads
+        self.cos = torch.cat([cos[0, :, None].expand(-1, turned, -1),
+                              torch.ones_like(cos[0, :, None]).expand(-1, still, -1)], dim=1)
+        self.sin = torch.cat([sin[0, :, None].expand(-1, turned, -1),
+                              torch.zeros_like(sin[0, :, None]).expand(-1, still, -1)], dim=1)
+
+
+def _fused(layer: nn.Module) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return Layer(
+        norm=layer.input_layernorm.weight,
+        qkv=_join(projections, "weight"),
+        qkv_bias=_join(projections, "bias"),
+        o=attention.o_proj.weight,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=_join([mlp.gate_proj, mlp.up_proj], "weight"),
+        down=mlp.down_proj.weight,
+    )
+
+
+def _join(parts: list[nn.Linear], name: str) -> Tensor | None:
+    """Parameters of several modules as one tensor, of which they become views."""
+    own = [getattr(part, name) for part in parts]
+    if own[0] is None:
+        return None
+    joined = torch.cat([parameter.data for parameter in own])
+    for parameter, piece in zip(own, joined.split([len(p) for p in own]), strict=True):
+        parameter.data = piece
+    return joined
