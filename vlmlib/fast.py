@@ -36,8 +36,8 @@ class Layer:
 
 
 class FastDecoder:
-    """Llama's or Qwen2's decoder with its head. Shares all weights with `net`, copies none for long:
-    fused matrices take the place of the separate ones, which become views of them.
+    """Llama's or Qwen2's decoder with its head. Shares its weights with `net`: fused matrices take
+    the place of the separate ones, which become views of them.
     """
 
     def __init__(self, net: PreTrainedModel) -> None:
@@ -62,16 +62,23 @@ class FastDecoder:
         linear = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
         return (
             config.hidden_act == "silu"
-            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+            and set(getattr(config, "layer_types", None) or ["full_attention"])
+            == {"full_attention"}
             and decoder.rotary_emb.rope_type != "dynamic"
             and all(type(m) is nn.Linear for m in linear)
             and all(layer.mlp.down_proj.bias is None for layer in decoder.layers)
             and all(layer.self_attn.o_proj.bias is None for layer in decoder.layers)
         )
 
+    def is_current(self, net: PreTrainedModel) -> bool:
+        """Whether the weights of `net` are still those that were fused: it may have been moved."""
+        first = net.get_decoder().layers[0].self_attn.q_proj.weight
+        return first.data_ptr() == self.layers[0].qkv.data_ptr()
+
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
         """Feed one (1, 1) id behind all that `cache` holds -> (1, v) logits."""
         n = len(cache)
+        cache.content.append(int(token))
         cos, sin = self._rotation(n)
         x = F.embedding(token[0], self.embeddings)  # (1, d)
         width = x.shape[1:]
@@ -97,14 +104,13 @@ class FastDecoder:
         return self.cos[n], self.sin[n]
 
     def _make_tables(self, length: int) -> None:
-        x = self.embeddings[:1, : self.head_dim]
-        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])  # (1, n, e)
-        sin = sin * torch.where(torch.arange(self.head_dim, device=x.device) < self.head_dim // 2, -1, 1)
-        turned, still = self.heads + self.kv_heads, self.kv_heads
-        self.cos = torch.cat([cos[0, :, None].expand(-1, turned, -1),
-                              torch.ones_like(cos[0, :, None]).expand(-1, still, -1)], dim=1)
-        self.sin = torch.cat([sin[0, :, None].expand(-1, turned, -1),
-                              torch.zeros_like(sin[0, :, None]).expand(-1, still, -1)], dim=1)
+        like, half = self.embeddings[:1, : self.head_dim], self.head_dim // 2
+        cos, sin = self.rotary(like, torch.arange(length, device=like.device)[None])  # (1, n, e)
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        turned = self.heads + self.kv_heads
+        cos, sin = (x[0, :, None].repeat(1, turned + self.kv_heads, 1) for x in (cos, sin))
+        cos[:, turned:], sin[:, turned:] = 1, 0
+        self.cos, self.sin = cos, sin
 
 
 def _fused(layer: nn.Module) -> Layer:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .cache import KVCache
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
+from .fast import FastDecoder
 from .fusion import (
     check_lengths,
     fuse,
@@ -41,11 +42,15 @@ class VisionLanguageModel(ABC):
     image_processor  see `vlmlib.images.ImageProcessor`
     name             what `vlmlib.load` was asked for
     chat_template    a Jinja template in place of the tokenizer's own
+    fast             take single steps by `vlmlib.fast` where it can, for the same tokens; False
+                     leaves them to transformers
     """
 
     family: str
     name: str = ""
     chat_template: str | None = None
+    fast: bool = True
+    _decoder: FastDecoder | None = None
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
         self.net = net
@@ -159,6 +164,14 @@ class VisionLanguageModel(ABC):
         cache.content += [object() for _ in inputs_embeds[0]] if content is None else content
         return self.net.lm_head(out.last_hidden_state[:, -1])
 
+    def fast_decoder(self) -> FastDecoder | None:
+        """For single steps; None if `fast` is off or the language model is of another kind."""
+        if not self.fast:
+            return None
+        if self._decoder is None or not self._decoder.is_current(self.net):
+            self._decoder = FastDecoder(self.net) if FastDecoder.supports(self.net) else None
+        return self._decoder
+
     def chat_prompt(self, parts: Sequence[Part]) -> str:
         """Pictures and texts of one user turn, in order -> the prompt the model was trained on."""
         return self.conversation_prompt([("user", parts)])
@@ -239,7 +252,11 @@ class VisionLanguageModel(ABC):
             inputs = fuse(ids[first_id:], features, self.embed)[:, offset:]
             return self.forward(inputs, start, cache, content[start:])
 
+        decoder = self.fast_decoder()
+
         def step(token: Tensor) -> Tensor:
+            if decoder:
+                return decoder(token, cache)
             return self.forward(self.embed(token), len(cache), cache, [int(token)])
 
         return Turn(
