@@ -20,6 +20,7 @@ from transformers import LlamaModel, PreTrainedModel, Qwen2Model
 from .cache import KVCache
 
 DECODERS = (LlamaModel, Qwen2Model)
+ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not change with the length
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,12 @@ class FastDecoder:
         if type(decoder) not in DECODERS or getattr(net.lm_head, "bias", None) is not None:
             return False
         config = decoder.config
-        linear = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
+        attentions = set(getattr(config, "layer_types", None) or ["full_attention"])
         return (
             config.hidden_act == "silu"
-            and set(getattr(config, "layer_types", None) or ["full_attention"])
-            == {"full_attention"}
-            and decoder.rotary_emb.rope_type != "dynamic"
-            and all(type(m) is nn.Linear for m in linear)
-            and all(layer.mlp.down_proj.bias is None for layer in decoder.layers)
-            and all(layer.self_attn.o_proj.bias is None for layer in decoder.layers)
+            and attentions == {"full_attention"}
+            and decoder.rotary_emb.rope_type in ROPES
+            and all(map(_is_plain, decoder.layers))
         )
 
     def is_current(self, net: PreTrainedModel) -> bool:
@@ -111,6 +109,14 @@ class FastDecoder:
         cos, sin = (x[0, :, None].repeat(1, turned + self.kv_heads, 1) for x in (cos, sin))
         cos[:, turned:], sin[:, turned:] = 1, 0
         self.cos, self.sin = cos, sin
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    outer = (attention.o_proj, mlp.down_proj, mlp.gate_proj, mlp.up_proj)
+    inner = (attention.q_proj, attention.k_proj, attention.v_proj)
+    linear = all(type(m) is nn.Linear for m in (*inner, *outer))
+    return linear and all(m.bias is None for m in outer)
 
 
 def _fused(layer: nn.Module) -> Layer:
