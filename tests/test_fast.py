@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from vlmlib import GenParams, LlavaStreamGenerator
 from vlmlib.cache import KVCache
 from vlmlib.fast import FastDecoder
+from vlmlib.int4 import Int4Linear, linears_of
+from vlmlib.quant import quantize_llm, rounded
 
 SIZES = {
     "vocab_size": 97,
@@ -54,6 +56,12 @@ def language_model(kind="llama", kv_heads=6, rope="default", **changes):
     return net
 
 
+def in_four_bits(net):
+    for name, linear in linears_of(net.model.layers).items():
+        net.model.layers.set_submodule(name, rounded(linear, 16))
+    return net
+
+
 @torch.inference_mode()
 def prefilled(net, n):
     """A cache that holds n random ids, and these."""
@@ -79,6 +87,54 @@ def test_steps_give_the_logits_of_the_whole_sequence(kind, kv_heads, rope):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     assert cache.content == ids[0].tolist() + tokens[0].tolist()
     assert int(cache.past.get_seq_length()) == len(cache) == 307
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_steps_with_weights_of_four_bits(kind):
+    net = in_four_bits(language_model(kind, 2))
+    cache, ids = prefilled(net, 7)
+    whole = copy.deepcopy(net)
+    decoder = FastDecoder(net)
+    assert FastDecoder.supports(net)
+    tokens = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours = torch.cat([decoder(tokens[:, i : i + 1], cache) for i in range(40)])
+        theirs = whole(torch.cat([ids, tokens], dim=1)).logits[0, 7:]
+        assert torch.equal(net(ids).logits, whole(ids).logits), "the separate layers still work"
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_steps_with_weights_of_four_bits_in_the_kernel():
+    """In bfloat16, where both ways round at other places: not further apart than from exact ones,
+    and the same weights exactly in either.
+    """
+    net = language_model("qwen2", 2, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+    net = net.bfloat16()
+    for name, linear in linears_of(net.model.layers).items():
+        net.model.layers.set_submodule(name, rounded(linear, 32))
+    cache, ids = prefilled(net, 5)
+    exact = copy.deepcopy(net).float()
+    decoder = FastDecoder(net)
+    tokens = torch.randint(0, 97, (1, 30), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        ours = torch.cat([decoder(tokens[:, i : i + 1], cache) for i in range(30)]).float()
+        sequence = torch.cat([ids, tokens], dim=1)
+        theirs, wanted = net(sequence).logits[0, 5:].float(), exact(sequence).logits[0, 5:]
+    assert (ours - wanted).norm() < 1.5 * (theirs - wanted).norm() < 0.1 * wanted.norm()
+    assert all("_for_kernel" in vars(layer.qkv) for layer in decoder.layers)
+
+
+def test_fused_layers_of_four_bits_take_no_memory_of_their_own():
+    net = in_four_bits(language_model("qwen2", 2))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    decoder = FastDecoder(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    attention, fused = net.model.layers[1].self_attn, decoder.layers[1].qkv
+    assert fused.out_features == 48 + 2 * 16
+    for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+        for name, value in part.named_buffers():
+            whole = getattr(fused, name).untyped_storage().data_ptr()
+            assert value.untyped_storage().data_ptr() == whole
 
 
 def test_fused_weights_take_no_memory_of_their_own():
@@ -148,6 +204,9 @@ def test_what_it_does_not_know_is_left_to_transformers():
     assert not FastDecoder.supports(language_model(attention_bias=True))
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     assert not FastDecoder.supports(language_model(**dynamic))
+    mixed = in_four_bits(language_model())
+    mixed.model.layers[2].mlp.down_proj = torch.nn.Linear(80, 48, bias=False)
+    assert not FastDecoder.supports(mixed)
     strange = language_model()
     strange.model.layers[0].mlp.up_proj = torch.nn.Sequential(strange.model.layers[0].mlp.up_proj)
     assert not FastDecoder.supports(strange)
@@ -164,15 +223,25 @@ def test_a_moved_model_is_fused_again():
     assert model.fast_decoder() is None
 
 
+def test_a_moved_model_of_four_bits_is_fused_again():
+    model = quantize_llm(tiny_llava(), group_size=16)
+    first = model.fast_decoder()
+    assert isinstance(first.layers[0].qkv, Int4Linear) and first is model.fast_decoder()
+    model.net.double()
+    second = model.fast_decoder()
+    assert second is not first and second.layers[0].qkv.scales.dtype == torch.float64
+
+
 @pytest.mark.parametrize("params", [GenParams.greedy(n_predict=60), GenParams(seed=3, temp=1.0)])
-def test_streams_are_the_same_with_and_without(params):
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_streams_are_the_same_with_and_without(params, four_bits):
     answers = []
     for fast in (True, False):
-        model = tiny_llava()
+        model = quantize_llm(tiny_llava(), group_size=16) if four_bits else tiny_llava()
         model.fast = fast
         prompt = "USER: <image>\nWhat is this? ASSISTANT:"
         stream = LlavaStreamGenerator(
             model, model.tokenizer, prompt, 0, params, image_tensor=pixels(1), trace=0
         )
         answers.append(ids_of(stream))
-    assert answers[0] == answers[1] and len(answers[0]) > 10
+    assert answers[0] == answers[1] and len(answers[0]) >= 10

@@ -332,6 +332,20 @@ def test_from_what_transformers_saves(tmp_path):
     assert ImageProcessor.from_folder(tmp_path) == ours
 
 
+def test_what_is_saved_is_read(tmp_path):
+    for processor in (
+        processors(40, 28)[0],
+        ImageProcessor(30, 28, 26, MEAN, STD, 2, 0.5, do_pad=True, min_patches=2, max_patches=5),
+    ):
+        processor.save_pretrained(tmp_path)
+        assert ImageProcessor.from_folder(tmp_path) == processor
+    ours, theirs = processors(40, 28)
+    ours.save_pretrained(tmp_path)
+    again, picture = type(theirs).from_pretrained(tmp_path), noise(50, 44)
+    pixels = again(picture, return_tensors="pt")["pixel_values"]
+    assert (pixels - ours.preprocess(picture)["pixel_values"]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -68,6 +68,19 @@ def test_load_gives_the_same_model(saved):
     assert "Llava(" in repr(model) and "float32 on cpu" in repr(model)
 
 
+def test_what_is_saved_can_be_loaded(saved, tmp_path, capfd):
+    model = vlmlib.load(saved, device="cpu")
+    model.save_pretrained(tmp_path)
+    again = vlmlib.load(tmp_path, device="cpu")
+    assert type(again) is vlmlib.Llava and again.image_processor == model.image_processor
+    parts = [noise(40, 30), "What is this?"]
+    assert again.chat_prompt(parts) == model.chat_prompt(parts)
+    before, after = model.net.state_dict(), again.net.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert "%" not in capfd.readouterr().err
+
+
 def test_dtype(saved):
     assert vlmlib.load(str(saved), device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
 

@@ -33,12 +33,14 @@ from .errors import (
     NonFiniteLogitsError,
     PlaceholderError,
     PromptError,
+    QuantizationError,
     ShapeError,
     VideoError,
     VlmError,
 )
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageProcessor, load_image, pad_to_square
+from .int4 import Int4Linear
 from .internvl import (
     IMG_CONTEXT_TOKEN,
     IMG_END_TOKEN,
@@ -56,6 +58,7 @@ from .nvila_causal import LlavaMetaForCausalLM
 from .nvila_checkpoint import NVILAConfig
 from .nvila_model import LlavaMetaModel
 from .projectors import build_projector, projected_side
+from .quant import quantize_llm
 from .sampling import GenParams, prepare_logits_processor
 from .streaming import TimeStats, answer, stream, stream_output
 from .tiling import (
@@ -102,6 +105,7 @@ __all__ = [
     "GenParamsError",
     "ImageError",
     "ImageProcessor",
+    "Int4Linear",
     "InternVL",
     "InternVLStreamGenerator",
     "KVCache",
@@ -117,6 +121,7 @@ __all__ = [
     "NonFiniteLogitsError",
     "PlaceholderError",
     "PromptError",
+    "QuantizationError",
     "ShapeError",
     "TimeStats",
     "TokenTrace",
@@ -152,6 +157,7 @@ __all__ = [
     "prepare_logits_processor",
     "process_images",
     "projected_side",
+    "quantize_llm",
     "select_best_resolution",
     "shipped_models",
     "space_to_depth",

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, DeviceError
+from .int4 import adopt_awq
 
 SMALL = 200e6
 """Bytes of weights up to which a CPU runs in float32, and loading shows no progress."""
@@ -30,8 +31,13 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
     return found
 
 
-def default_dtype(size: float, device: torch.device) -> torch.dtype | str:
-    """What `size` bytes of weights run in if nobody says otherwise; "auto" is the checkpoint's."""
+def default_dtype(size: float, device: torch.device, config: dict) -> torch.dtype | str:
+    """What `size` bytes of weights run in if nobody says otherwise; "auto" is the checkpoint's.
+
+    Four-bit ones in bfloat16: their kernels compute in nothing else.
+    """
+    if config.get("quantization_config"):
+        return torch.bfloat16
     if device.type != "cpu":
         return "auto"
     return torch.float32 if size < SMALL else torch.bfloat16
@@ -52,9 +58,12 @@ def read_config(folder: Path) -> dict:
 
 def load_net(net_class, folder: Path, dtype, *, quiet: bool, **options):
     """A network of transformers with exactly the folder's weights; `options` are its loader's."""
+    config = options.pop("config", None) or net_class.config_class.from_pretrained(folder)
+    adopt_awq(config)
     with _progress_bar(not quiet):
         net, report = net_class.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -64,6 +73,13 @@ def load_net(net_class, folder: Path, dtype, *, quiet: bool, **options):
         )
     check_keys(folder, report)
     return net
+
+
+def save_net(net, folder: Path) -> None:
+    """Weights and configuration, as transformers writes them."""
+    size = sum(t.nbytes for t in net.state_dict().values())
+    with _progress_bar(size > SMALL):
+        net.save_pretrained(folder)
 
 
 def check_keys(folder: Path, report: Mapping[str, Collection]) -> None:

@@ -45,6 +45,10 @@ class CheckpointError(VlmError, OSError):
     """A checkpoint is missing, incomplete, or of a kind vlmlib does not know."""
 
 
+class QuantizationError(VlmError, ValueError):
+    """A model cannot be quantised as asked, or has a format that cannot be read."""
+
+
 class DeviceError(VlmError, ValueError):
     """The device is not on this machine, or not the one the model is on."""
 

@@ -131,6 +131,22 @@ class ImageProcessor:
                     return cls._from_config(config, path)
         raise CheckpointError(f"{folder}: no preprocessor_config.json with an image_mean")
 
+    def save_pretrained(self, output_dir: str | os.PathLike) -> None:
+        """Write the preprocessor_config.json that `from_folder` reads."""
+        config = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": self.shortest_edge},
+            "crop_size": self.crop_size,
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_rescale": True,
+            "do_normalize": True,
+        }
+        same = ("image_mean", "image_std", "rescale_factor", "do_pad", "min_patches", "max_patches")
+        config |= {name: getattr(self, name) for name in same} | {"resample": int(self.resample)}
+        path = Path(output_dir) / "preprocessor_config.json"
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
     @classmethod
     def _from_config(cls, config: dict[str, Any], path: Path) -> ImageProcessor:
         try:

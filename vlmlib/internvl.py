@@ -307,14 +307,15 @@ def InternVLStreamGenerator(
     stop_token_ids ids that end the answer, besides the model's own
     image_tensor   another name for `media`; only one of both may be given
     chunk_prefilling  feed only what `cache` does not hold; False feeds the whole transcript again
-    quant_llm      TinyChat's; not used, since a model runs with the weights it was loaded with
+    quant_llm      True: the four-bit weights of a model that holds them beside others, as its
+                   `quantized`; a model that holds one kind runs with that for both values
     cache, lstrip, trace   see `VisionLanguageModel.turn` and `vlmlib.decoding.decode`
 
     Returns an iterator of chunks (`vlmlib.decoding.decode` tells their fields). The prompt, media
     and parameters are checked at the call, before anything is computed.
     Source: llm-awq:tinychat/stream_generators/internvl_stream_gen.py.
     """
-    return model.stream_prompt(
+    return model.choose_weights(quant_llm).stream_prompt(
         input,
         one_of(media, image_tensor),
         gen_params,

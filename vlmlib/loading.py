@@ -50,10 +50,11 @@ def load(
     checkpoint  a model that ships with the repository ("tiny-llava"), a folder, or a hub id
     device      default: the GPU if there is one, else the CPU
     dtype       default: on a GPU the checkpoint's own; on a CPU float32 for small models (under
-                200 MB of weights) and bfloat16 for large ones
+                200 MB of weights) and bfloat16 for large ones; bfloat16 for four-bit weights
     revision    commit, tag or branch of a hub id
 
-    Only safetensors are read, and no code from the checkpoint is run.
+    Four-bit language models are read as `quantize_llm` makes and `save_pretrained` saves them, and
+    from AutoAWQ's GEMM format. Only safetensors are read, and no code from the checkpoint is run.
     Raises CheckpointError and DeviceError.
     """
     folder = find_checkpoint(checkpoint, revision=revision)
@@ -61,7 +62,7 @@ def load(
     if is_nvila(folder, config):
         model = NVILA.load_pretrained(folder, device=device, dtype=dtype)
     else:
-        model = _load_native(folder, config.get("model_type"), device, dtype)
+        model = _load_native(folder, config, device, dtype)
     model.name = os.fspath(checkpoint)
     return model
 
@@ -85,8 +86,9 @@ def load_pretrained_model(
     return model.tokenizer, model, model.image_processor, model.context_len
 
 
-def _load_native(folder: Path, model_type, device, dtype) -> VisionLanguageModel:
+def _load_native(folder: Path, config: dict, device, dtype) -> VisionLanguageModel:
     """A checkpoint in the layout of transformers' own class."""
+    model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder}: config.json has model_type {model_type!r}, expected one of {list(FAMILIES)}"
@@ -96,7 +98,7 @@ def _load_native(folder: Path, model_type, device, dtype) -> VisionLanguageModel
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     if not size:
         raise CheckpointError(f"{folder}: holds no *.safetensors file")
-    dtype = dtype or default_dtype(size, device)
+    dtype = dtype or default_dtype(size, device, config)
     with blaming(folder, "configuration and tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with blaming(folder, "configuration and weights"):

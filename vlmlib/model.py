@@ -5,9 +5,12 @@ A family (see `vlmlib.llava`) adds how it writes a prompt and what it does with 
 
 from __future__ import annotations
 
+import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
+from .checkpoint import save_net
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
 from .fast import FastDecoder
@@ -26,6 +30,7 @@ from .fusion import (
     split_at,
 )
 from .images import ImageSource
+from .int4 import Int4Linear
 from .media import Medium, Video
 from .sampling import GenParams
 from .tokenization import IMAGE_TOKEN_INDEX, check_placeholders, escape_special_tokens
@@ -44,12 +49,14 @@ class VisionLanguageModel(ABC):
     chat_template    a Jinja template in place of the tokenizer's own
     fast             take single steps by `vlmlib.fast` where it can, for the same tokens; False
                      leaves them to transformers
+    quantized        the same model with four-bit weights, if it is to hold both, see `quantize_llm`
     """
 
     family: str
     name: str = ""
     chat_template: str | None = None
     fast: bool = True
+    quantized: VisionLanguageModel | None = None
     _decoder: FastDecoder | None = None
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
@@ -125,8 +132,10 @@ class VisionLanguageModel(ABC):
         return end_of_answer_ids(self.net, self.tokenizer)
 
     def __repr__(self) -> str:
+        packed = [m for m in self.net.modules() if isinstance(m, Int4Linear)]
         n = sum(p.numel() for p in self.parameters())
-        dtype = str(self.dtype).removeprefix("torch.")
+        n += sum(m.in_features * m.out_features for m in packed)
+        dtype = "int4 and " * bool(packed) + str(self.dtype).removeprefix("torch.")
         return (
             f"{type(self).__name__}({n / 1e6:.1f} M parameters, {dtype} on {self.device}, "
             f"context {self.context_len})"
@@ -135,6 +144,22 @@ class VisionLanguageModel(ABC):
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
         return self.net.parameters()
+
+    def with_net(self, net: PreTrainedModel) -> VisionLanguageModel:
+        """The same model around another network."""
+        other = copy.copy(self)
+        other.net, other.quantized, other._decoder = net, None, None
+        return other
+
+    def save_pretrained(self, output_dir: str | os.PathLike) -> None:
+        """Write the folder that `vlmlib.load` reads."""
+        save_net(self.net, Path(output_dir))
+        self.tokenizer.save_pretrained(output_dir)
+        self.image_processor.save_pretrained(output_dir)
+
+    def choose_weights(self, quant_llm: bool) -> VisionLanguageModel:
+        """`quantized` if it is asked for and there is one; else the model as it is."""
+        return self.quantized if quant_llm and self.quantized else self
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""

@@ -70,6 +70,11 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     def net(self) -> Qwen2ForCausalLM:
         return self.get_llm()
 
+    @net.setter
+    def net(self, llm: Qwen2ForCausalLM) -> None:
+        self.llm, self.config, self._own_cache = llm, replace(self.config), None
+        self.post_config()
+
     @property
     def stop_token_ids(self) -> list[int]:
         """Also the token with which the chat template ends an answer."""
@@ -289,14 +294,14 @@ def NVILAStreamGenerator(
     stop_token_ids ids that end the answer, besides the model's own
     image_tensor   another name for pictures in `media`; only one of both may be given
     chunk_prefilling  feed only what `cache` does not hold; False feeds the whole transcript again
-    quant_llm      see LlavaMetaForCausalLM: a model that was not quantised runs alike for both
+    quant_llm      see LlavaMetaForCausalLM: which weights, of a model that holds both
     cache, lstrip, trace   see `VisionLanguageModel.turn` and `vlmlib.decoding.decode`
 
     Returns an iterator of chunks (`vlmlib.decoding.decode` tells their fields). The prompt, media
     and parameters are checked at the call, before anything is computed.
     Source: llm-awq:tinychat/stream_generators/NVILA_stream_gen.py.
     """
-    return model.stream_prompt(
+    return model.choose_weights(quant_llm).stream_prompt(
         expand_tiles(input, tiles_of(media_cfg)),
         model.as_media(one_of(media, image_tensor), media_cfg),
         gen_params,

@@ -38,8 +38,9 @@ class LlavaMetaForCausalLM:
     media_config  {"image": {"block_sizes": [...]}}: how many of the tiles belong together, with
                   dynamic S2; {"image": {"tiles": t}}: they are the tiles of one picture, each with
                   a placeholder of its own. `prepare_media` makes both.
-    quant_llm     True uses the quantised weights of the language model if it has any, else the
-                  ones there are; so a model that was not quantised runs alike for both values
+    quant_llm     of a model that holds both kinds of weights, which `quantize_llm` tells how to
+                  get: True the four-bit ones (`quantized`), False its own. A model that holds one
+                  kind runs with that for both values.
     """
 
     _own_cache: KVCache | None = None
@@ -142,8 +143,10 @@ class LlavaMetaForCausalLM:
             pad = self.tokenizer.pad_token_id
             pad = self.stop_token_ids[0] if pad is None else pad
             generation_kwargs.setdefault("pad_token_id", pad)
-        return self.get_llm().generate(
-            inputs_embeds=embeds, attention_mask=mask.long(), **generation_kwargs
+        return (
+            self.choose_weights(quant_llm)
+            .get_llm()
+            .generate(inputs_embeds=embeds, attention_mask=mask.long(), **generation_kwargs)
         )
 
     def generate_content(
@@ -167,7 +170,7 @@ class LlavaMetaForCausalLM:
             return _text(out[0].tolist(), self.tokenizer).strip()
         greedy = GenParams.greedy(n_predict=self.context_len)
         params = greedy if generation_config is None else generation_config
-        *_, last = self.stream_prompt(text, media, params)
+        *_, last = self.choose_weights(quant_llm).stream_prompt(text, media, params)
         return last["text"].strip()
 
     def benchmark(
@@ -187,7 +190,7 @@ class LlavaMetaForCausalLM:
         encode, context, steps, tokens = [], [], [], 0
         for _ in range(repeats):
             encode.append(self._encode_time(media))
-            *_, last = self.stream_prompt(text, media, params)
+            *_, last = self.choose_weights(quant_llm).stream_prompt(text, media, params)
             context.append(last["timing"]["context_time"])
             steps += last["timing"]["generation_time_list"]
             tokens = last["usage"]["prompt_tokens"]
@@ -259,7 +262,8 @@ class LlavaMetaForCausalLM:
             if self._own_cache is None:
                 self._own_cache = self.new_cache()
             cache = self._own_cache
-        return self.forward(embeds, start_pos, cache)[:, None], embeds.shape[1]
+        logits = self.choose_weights(quant_llm).forward(embeds, start_pos, cache)
+        return logits[:, None], embeds.shape[1]
 
 
 def expand_tiles(prompt: str, tiles: int | None) -> str:

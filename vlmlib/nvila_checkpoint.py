@@ -39,6 +39,7 @@ from .checkpoint import (
     find_device,
     load_net,
     read_config,
+    save_net,
 )
 from .errors import CheckpointError, ShapeError
 from .images import ImageProcessor
@@ -156,7 +157,7 @@ def load_parts(
         config = NVILAConfig.from_dict(read_config(folder))
     device = find_device(device)
     size = sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))
-    dtype = dtype or default_dtype(size, device)
+    dtype = dtype or default_dtype(size, device, read_config(folder / "llm"))
     llm = load_llm(folder / "llm", dtype, quiet=size < SMALL)
     tower = load_tower(folder / "vision_tower", llm.dtype, quiet=size < SMALL)
     tower = wrap_tower(tower, config)
@@ -258,7 +259,7 @@ def _expect(folder: Path, config: Mapping[str, Any], model_type: str) -> None:
 
 
 def save_llm(folder: Path, llm: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    llm.save_pretrained(folder)
+    save_net(llm, folder)
     tokenizer.save_pretrained(folder)
 
 
