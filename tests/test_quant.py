@@ -292,6 +292,14 @@ def test_a_model_of_four_bits_answers_like_its_weights():
     assert answer_ids(model) == answer_ids(quantized)
 
 
+def test_what_is_made_in_inference_mode_can_be_used_outside():
+    model = tiny_llava()
+    with torch.inference_mode():
+        quantized = quantize_llm(model, group_size=16, calibration=PROMPTS[:1])
+    tensors = quantized.net.state_dict().values()
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
 @pytest.mark.parametrize("size", [0, 1, 3, -2, 32.0, None])
 def test_wrong_group_sizes(size):
     with pytest.raises(QuantizationError, match=f"even and at least 2, got {size}"):
