@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from helpers import LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -474,44 +475,6 @@ def test_a_warm_start_of_the_same_family_is_a_copy():
 
 
 # ----------------------------------------------------------------------- the saved folder
-
-
-LAYOUTS = {
-    "tiny-llava": {
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    },
-    "tiny-nvila": {
-        "config.json",
-        "llm/config.json",
-        "llm/generation_config.json",
-        "llm/model.safetensors",
-        "llm/tokenizer.json",
-        "llm/tokenizer_config.json",
-        "mm_projector/config.json",
-        "mm_projector/model.safetensors",
-        "vision_tower/config.json",
-        "vision_tower/model.safetensors",
-        "vision_tower/preprocessor_config.json",
-    },
-    "tiny-internvl": {
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    },
-}
 
 
 @pytest.fixture(scope="module")
