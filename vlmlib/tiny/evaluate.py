@@ -282,15 +282,16 @@ def is_tiled(model: VisionLanguageModel, seed: int) -> bool:
 
 
 def chance(seeds: Sequence[int]) -> dict[str, float]:
-    """How often those are right who know all but the print: who guess a word or a number, or one
-    of the things that carry any.
+    """How often those are right who see all but what the print says: who guess one of all words or
+    of all numbers, or one of the things that carry a word or a number, whichever it is.
     """
     shares: dict[str, list[float]] = {kind: [] for kind in PRINT_KINDS}
     for seed in seeds:
-        printed = [thing for thing in detail_scene(seed).things if thing.print]
+        printed = [thing.print for thing in detail_scene(seed).things if thing.print]
         for qa in case("print", seed)[1]:
-            guesses = WORDS if " word " in qa.answer else set(PRINTS) - set(WORDS)
-            shares[qa.kind].append(1 / len(guesses if qa.kind == "read_print" else printed))
+            is_word = " word " in (qa.answer if qa.kind == "read_print" else qa.question)
+            pool = PRINTS if qa.kind == "read_print" else printed
+            shares[qa.kind].append(1 / sum((text in WORDS) == is_word for text in pool))
     return {kind: sum(values) / len(values) for kind, values in shares.items() if values}
 
 
@@ -537,7 +538,8 @@ def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
     def progress(done: int, total: int) -> None:
         seconds = time.monotonic() - began
         words = f"{folder.name}: {done:,} of {total:,} pictures or clips, {seconds:.0f} s "
-        print(f"\r{words}", end="", flush=True)
+        if done % 20 == 0 or done == total:
+            print(f"\r{words}", end="", flush=True)
 
     seeds = range(options.seed, options.seed + options.scenes)
     numbers = measure(model, contents, seeds, options.pixels, progress)
