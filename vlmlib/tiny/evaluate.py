@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import re
 import time
@@ -339,9 +341,11 @@ ABLATION = """
 "Tiles enlarged": every tile is cut out of the small picture of the whole and enlarged, so that
 there are as many visual tokens as before, but nothing more to be seen in them. What is lost is
 what the tiles are for.
+"""
 
-When a model is about to say what is printed on a shape, the attention of its layers, mean of all
-heads, peaks on that very shape in {hits} of these pictures (first layer to last).
+LOOKED = """
+When the model is about to say what is printed on a shape, the attention of its layers, mean of all
+heads, peaks on that very shape in {hits} of {pictures} pictures (first layer to last).
 """
 
 FAMILIES = {"llava": "LLaVA-1.5", "nvila": "NVILA", "internvl": "InternVL3"}
@@ -390,9 +394,10 @@ things at the same places as measured content is left out of training.
 `{command}`: held-out seeds, one question of every kind that a picture or clip allows, plain scenes
 and clips of {pixels} x {pixels} pixels, fp16 weights run in fp32, greedy decoding, the questions
 about a picture one after the other on one cache. An answer counts if it is right letter by letter.
+Seconds are those of {machine}.
 
 {table}
-{ablation}
+{notes}
 ## What it cannot do
 
 It knows nothing but these scenes: {knows}. On photographs, on other drawings, on two pictures at
@@ -417,8 +422,14 @@ def model_card(
 ) -> str:
     """The README of a checkpoint; every number in it is computed."""
     native = model.family != "nvila"
-    hits = numbers.get("print", {}).get("attention_hits")
-    knows = "; ".join(KNOWS[content] for content in numbers if content in KNOWS)
+    small_print = numbers.get("print", {})
+    hits = small_print.get("attention_hits")
+    tiled = "without_detail" in small_print
+    known = [content for content in numbers if content in KNOWS and (content != "print" or tiled)]
+    notes = ABLATION if tiled else ""
+    if hits:
+        pictures = min(LOOKED_AT, small_print["shown"])
+        notes += LOOKED.format(hits=", ".join(f"{h:.0%}" for h in hits), pictures=pictures)
     return CARD.format(
         name=folder.name,
         folder=folder.as_posix(),
@@ -432,9 +443,12 @@ def model_card(
         training=_training(folder / "training_log.jsonl"),
         command=command,
         pixels=pixels,
+        machine=machine(torch.get_num_threads()),
         table=table({folder.name: numbers}),
-        ablation=ABLATION.format(hits=", ".join(f"{h:.0%}" for h in hits)) if hits else "",
-        knows=knows.format(shapes=", ".join(SHAPES), labels=" ".join(LABELS)),
+        notes=notes,
+        knows="; ".join(KNOWS[content] for content in known).format(
+            shapes=", ".join(SHAPES), labels=" ".join(LABELS)
+        ),
     )
 
 
@@ -512,6 +526,11 @@ def _seconds(entries: Sequence[dict]) -> float:
             total, last = total + last, 0.0
         last = entry.get("seconds", last)
     return total
+
+
+def machine(threads: int) -> str:
+    """One line about where something was run."""
+    return f"{platform.machine()}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
