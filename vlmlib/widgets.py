@@ -1,6 +1,7 @@
-"""Panels for JupyterLab: drive a stream with buttons and sliders, and stop it at any time.
+"""Panels for JupyterLab: drive a stream with buttons and sliders, and stop it at any time; or try
+sizes of pictures, and see how they are cut and what they cost.
 
-A panel runs its stream in one thread of its own, because a callback that loops would keep the
+`StreamPanel` runs its stream in one thread of its own, because a callback that loops would keep the
 kernel from hearing the Stop button. The thread looks at an event between tokens, writes text at
 most fifteen times a second, and shows its own errors: nobody else would.
 """
@@ -15,20 +16,30 @@ from pathlib import Path
 from time import perf_counter
 
 import ipywidgets as w
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers import PretrainedConfig
 
+from .budget import image_tokens
 from .errors import ImageError
-from .figures import latency, show
-from .images import load_image
+from .figures import Shown, context_bars, latency, show, tiling
+from .images import ImageSource, load_image
+from .internvl import NUM_IMAGE_TOKEN
 from .loading import load
 from .model import VisionLanguageModel
+from .nvila_checkpoint import NVILAConfig
 from .sampling import GenParams
 from .streaming import TimeStats, stream
+from .tiling import dynamic_grid, dynamic_tiles
 
 TEXT_EVERY = 1 / 15
 PLOT_EVERY = 1 / 2
 UPLOADED = "your own picture"
 LABELS = {"description_width": "initial"}
+
+
+def _status_html(message: str, *, error: bool = False) -> str:
+    style = ' style="color:var(--jp-error-color1,#B34700);font-weight:bold"' if error else ""
+    return f'<span role="status"{style}>{html.escape(message)}</span>'
 
 
 class StreamPanel(w.VBox):
@@ -137,8 +148,7 @@ class StreamPanel(w.VBox):
         self._picture_changed()
 
     def _status(self, message: str, *, error: bool = False) -> None:
-        style = ' style="color:var(--jp-error-color1,#B34700);font-weight:bold"' if error else ""
-        self.status.value = f'<span role="status"{style}>{html.escape(message)}</span>'
+        self.status.value = _status_html(message, error=error)
 
     def _say(self, text: str) -> None:
         self.text.value = (
@@ -234,3 +244,107 @@ class StreamPanel(w.VBox):
         stats = TimeStats(context_tokens=chunk["usage"]["prompt_tokens"])
         stats.context_times, stats.step_times = times[:1], times[1:]
         return stats
+
+
+class SizePanel(w.VBox):
+    """Sliders for the size of a picture over a figure that follows them.
+
+    A panel of this kind says in `draw` what there is to see; `controls` are what it asks besides.
+    """
+
+    def __init__(self, controls: Sequence[w.Widget] = (), *, size: tuple[int, int]):
+        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        slider = {**wide, "min": 20, "max": 2400, "step": 10, "continuous_update": False}
+        self.picture_width = w.IntSlider(size[0], description="picture width", **slider)
+        self.picture_height = w.IntSlider(size[1], description="picture height", **slider)
+        self.figure = w.HTML()
+        self.status = w.HTML()
+        controls = [self.picture_width, self.picture_height, *controls]
+        for control in controls:
+            control.observe(self._changed, "value")
+        self._changed()
+        super().__init__([w.VBox(controls), self.status, self.figure])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture, in pixels."""
+        return self.picture_width.value, self.picture_height.value
+
+    def draw(self) -> Shown:
+        """The figure for what the controls say now; its caption is shown above it."""
+        raise NotImplementedError
+
+    def _changed(self, _=None) -> None:
+        try:
+            shown = self.draw()
+        except Exception as e:  # an observer's exception reaches nobody: show it here
+            self.status.value = _status_html(f"{type(e).__name__}: {e}", error=True)
+        else:
+            self.figure.value, self.status.value = shown.img, _status_html(shown.caption)
+
+
+class BudgetPanel(SizePanel):
+    """What a picture of a chosen size takes of the context, for some models or configurations."""
+
+    def __init__(
+        self,
+        models: Mapping[str, VisionLanguageModel | PretrainedConfig | NVILAConfig],
+        context: int = 4096,
+        *,
+        size: tuple[int, int] = (1024, 768),
+    ):
+        self._models = dict(models)
+        self.context = w.Dropdown(
+            options=sorted({2048, 4096, 8192, 32768, context}),
+            value=context,
+            description="positions of the context",
+            style=LABELS,
+            layout=w.Layout(width="25rem"),
+        )
+        super().__init__([self.context], size=size)
+
+    def draw(self) -> Shown:
+        tokens = {name: image_tokens(m, *self.size) for name, m in self._models.items()}
+        width, height = self.size
+        caption = f"A picture of {width} × {height} pixels in {self.context.value:,} positions."
+        counts = ", ".join(f"{name} {n:,}" for name, n in tokens.items())
+        bars = context_bars(tokens, self.context.value)
+        return show(bars, caption=caption, alt=f"bars of the positions taken: {counts}", width=640)
+
+
+class TilingPanel(SizePanel):
+    """How InternVL3 cuts a picture of a chosen size, and what that costs. The given picture is
+    trimmed to the size's aspect, so that all stretching that is seen is the tiling's.
+    """
+
+    def __init__(
+        self, picture: ImageSource, *, size: tuple[int, int] = (1280, 720), max_tiles: int = 12
+    ):
+        self._picture = load_image(picture)
+        self.max_tiles = w.IntSlider(
+            max_tiles,
+            min=1,
+            max=24,
+            description="most tiles",
+            style=LABELS,
+            layout=w.Layout(width="25rem"),
+            continuous_update=False,
+        )
+        super().__init__([self.max_tiles], size=size)
+
+    def draw(self) -> Shown:
+        (width, height), most = self.size, self.max_tiles.value
+        cols, rows = dynamic_grid(width, height, 1, most)
+        tiles = dynamic_tiles(width, height, 1, most, use_thumbnail=True)
+        stretch = cols / rows / (width / height)
+        made = f"made {max(stretch, 1 / stretch) - 1:.1%} {'wider' if stretch > 1 else 'higher'}"
+        caption = (
+            f"{width} × {height} pixels: {cols} × {rows} tiles"
+            f"{' and the whole picture' if tiles > 1 else ''}, {tiles * NUM_IMAGE_TOKEN:,} tokens; "
+            f"{'its shape is kept' if stretch == 1 else made}."
+        )
+        shown = (max(1, round(480 * side / max(width, height))) for side in (width, height))
+        trimmed = ImageOps.fit(self._picture, tuple(shown))
+        figure = tiling(trimmed, (cols, rows), thumbnail=tiles > 1, width=6.4)
+        alt = f"a picture cut into {cols} columns and {rows} rows, and the tiles side by side"
+        return show(figure, caption=caption, alt=alt, width=640)
