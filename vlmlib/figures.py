@@ -133,17 +133,20 @@ def distribution(
     often each was drawn, are shown as shares of all draws.
     """
     rows = range(len(texts))
-    figure, ax = axes(width, 0.27 * len(texts) + 0.8, xlabel="probability", xlim=(0, 1.08))
-    ax.barh(rows, own, height=0.8, color="#D5D5D5", label="the model's own")
-    ax.barh(rows, drawn, height=0.44, color=BLUE, label="drawn with")
+    figure, ax = axes(width, 0.27 * len(texts) + 0.8, xlabel="probability", xlim=(0, 1.1))
+    bars = [ax.barh(rows, own, height=0.8, color="#D5D5D5", label="the model's own")]
+    bars.append(ax.barh(rows, drawn, height=0.44, color=BLUE, label="drawn with"))
+    shares = [0.0] * len(texts)
     if counts and (n := sum(counts)):
         shares = [c / n for c in counts]
-        ax.plot(shares, rows, "D", color=ORANGE, mec="white", label=f"share of {n:,} draws")
-    for row, a, b in zip(rows, own, drawn, strict=True):
-        ax.text(max(a, b) + 0.012, row, f"{b:.1%}" if b else "never", va="center", color="#404040")
+        style = {"color": ORANGE, "mec": "white", "clip_on": False, "ls": "none"}
+        bars += ax.plot(shares, rows, marker="D", label=f"share of {n:,} draws", **style)
+    for row, *ends, p in zip(rows, own, shares, drawn, strict=True):
+        words = f"{p:.1%}" if p else "never"
+        ax.text(max(p, *ends) + 0.015, row, words, va="center", color="#404040")
     ax.set_yticks(rows, texts, family="monospace")
     ax.invert_yaxis()
-    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    ax.legend(handles=bars, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 
 
@@ -159,7 +162,7 @@ def reuse(turns: Sequence[tuple[int, int, int]], *, width: float = 7.0) -> Figur
         left = [a + b for a, b in zip(left, part, strict=True)]
     ax.set_ylim(max(len(turns), 4) + 0.6, 0.4)
     ax.set_xlim(0, 1.02 * max([*left, 100]))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_yticks(rows)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 
