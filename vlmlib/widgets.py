@@ -264,7 +264,8 @@ class ChatPanel(StreamPanel):
         self._asked = ""
         super().__init__(*args, **options)
         self.start.description, self.start.icon = "Send", "paper-plane"
-        self.new = w.Button(description="New conversation", icon="trash")
+        wide = w.Layout(width="auto")
+        self.new = w.Button(description="New conversation", icon="trash", layout=wide)
         self.new.on_click(self._begin)
         self._buttons.children = [self.start, self.stop, self.new]
 
