@@ -97,11 +97,11 @@ def _reduced(png: bytes, colours: int) -> bytes:
 
 
 def png_of(figure: Figure) -> bytes:
-    """Rendered at 150 dots an inch, without any window or global state."""
-    buffer = io.BytesIO()
+    """Rendered at 150 dots an inch, in 256 colours, without any window or global state."""
     FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return _reduced(buffer.getvalue(), 256)  # less than half the size, and looks the same
 
 
 def axes(width: float = 7.0, height: float = 2.6, *, columns: int = 1, **labels: str):
@@ -131,6 +131,54 @@ def latency(
     ax.set_xlim(0.3, max(len(steps) + 1, 10) + 0.7)
     ax.set_ylim(0, 1.1e3 * max([first, *steps]) or 1)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return figure
+
+
+def distribution(
+    texts: Sequence[str],
+    own: Sequence[float],
+    drawn: Sequence[float],
+    counts: Sequence[int] | None = None,
+    *,
+    width: float = 7.0,
+) -> Figure:
+    """Tokens with the model's own probability (grey) and the one they are drawn with (blue).
+
+    One entry a token, the best first; a token that cannot be drawn is marked "never". `counts`, how
+    often each was drawn, are shown as shares of all draws.
+    """
+    rows = range(len(texts))
+    figure, ax = axes(width, 0.27 * len(texts) + 0.8, xlabel="probability", xlim=(0, 1.1))
+    bars = [ax.barh(rows, own, height=0.8, color="#D5D5D5", label="the model's own")]
+    bars.append(ax.barh(rows, drawn, height=0.44, color=BLUE, label="drawn with"))
+    shares = [0.0] * len(texts)
+    if counts and (n := sum(counts)):
+        shares = [c / n for c in counts]
+        style = {"color": ORANGE, "mec": "white", "clip_on": False, "ls": "none"}
+        bars += ax.plot(shares, rows, marker="D", label=f"share of {n:,} draws", **style)
+    for row, *ends, p in zip(rows, own, shares, drawn, strict=True):
+        words = f"{p:.1%}" if p else "never"
+        ax.text(max(p, *ends) + 0.015, row, words, va="center", color="#404040")
+    ax.set_yticks(rows, texts, family="monospace")
+    ax.invert_yaxis()
+    ax.legend(handles=bars, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return figure
+
+
+def reuse(turns: Sequence[tuple[int, int, int]], *, width: float = 7.0) -> Figure:
+    """The sequence at every turn of a conversation: its (kept, fed, drawn) positions in a row."""
+    rows = range(1, len(turns) + 1)
+    figure, ax = axes(width, 0.2 * max(len(turns), 4) + 0.8, xlabel="position", ylabel="turn")
+    left = [0] * len(turns)
+    parts = zip(*turns, strict=True) if turns else [()] * 3
+    names = "kept in the cache", "fed: read anew", "drawn, one by one"
+    for part, name, colour in zip(parts, names, (SKY, ORANGE, BLUE), strict=True):
+        ax.barh(rows, part, left=left, height=0.8, color=colour, label=name)
+        left = [a + b for a, b in zip(left, part, strict=True)]
+    ax.set_ylim(max(len(turns), 4) + 0.6, 0.4)
+    ax.set_xlim(0, 1.02 * max([*left, 100]))
+    ax.set_yticks(rows)
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 
 
