@@ -100,7 +100,7 @@ class PatchReader(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in PATCH_CLASSES)
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """(t, p, width) features, (t, 5, p) classes -> mean cross-entropy of what can be read."""
+        """(t, p, width) features, (t, c, p) classes -> mean cross-entropy of what can be read."""
         losses = []
         for plane, head in enumerate(self.heads):
             known = targets[:, plane] != IGNORE
