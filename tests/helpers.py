@@ -34,6 +34,35 @@ TOKENIZERS = ("tokenizer_bos", "tokenizer_no_bos")
 CONTEXT = 96
 PICTURE = 28  # pixels a side: 2 x 2 patches
 
+NATIVE = {
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+LAYOUTS = {
+    "tiny-llava": NATIVE | {"special_tokens_map.json"},
+    "tiny-internvl": NATIVE,
+    "tiny-nvila": {
+        "config.json",
+        "llm/config.json",
+        "llm/generation_config.json",
+        "llm/model.safetensors",
+        "llm/tokenizer.json",
+        "llm/tokenizer_config.json",
+        "mm_projector/config.json",
+        "mm_projector/model.safetensors",
+        "vision_tower/config.json",
+        "vision_tower/model.safetensors",
+        "vision_tower/preprocessor_config.json",
+    },
+}
+"""The files of each small model's folder, as those of the large ones are called."""
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}"
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %} "

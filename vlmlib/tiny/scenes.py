@@ -55,7 +55,7 @@ WORDS = (
     "PEN", "PIE", "PIG", "RAT", "SEA", "SKY", "SUN", "TEA", "TOY", "VAN", "WEB", "ZOO",
 )  # fmt: skip
 PRINTS = WORDS + tuple(str(number) for number in range(10, 100))
-PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of the picture
+PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of a large picture
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 MAX_THINGS = 5
 
@@ -123,7 +123,8 @@ class Scene:
 
     `corners` are the background colours of the four corners, `gain` is the brightness and `noise`
     the standard deviation of the grain, in grey levels of 255. `size` is that of the picture in
-    pixels, (width, height), unless it is drawn at another one.
+    pixels, (width, height), unless it is drawn at another one; `print_height` is the font size of
+    small print, as a fraction of the longer side.
     """
 
     things: tuple[Thing, ...]
@@ -132,6 +133,7 @@ class Scene:
     noise: float = 0.0
     noise_seed: int = 0
     size: tuple[int, int] = (112, 112)
+    print_height: float = PRINT_HEIGHT
 
     def __post_init__(self) -> None:
         places = [thing.place for thing in self.things]
@@ -303,7 +305,7 @@ def draw(
     canvas = canvas.resize(big, Image.Resampling.BILINEAR)
     brush = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        _draw_thing(brush, thing, big)
+        _draw_thing(brush, thing, big, scene.print_height)
     return _develop(canvas.resize((width, height), Image.Resampling.BOX), scene)
 
 
@@ -314,7 +316,9 @@ def outline(thing: Thing, width: float, height: float) -> tuple[float, float, fl
     return x, y, RADII[thing.size] * thing.scale * min(width, height) / 3
 
 
-def _draw_thing(brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int, int]) -> None:
+def _draw_thing(
+    brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int, int], print_height: float
+) -> None:
     x, y, radius = outline(thing, *canvas_size)
     shades = zip(COLOURS[thing.colour], thing.tint, strict=True)
     fill = tuple(min(255, max(0, shade + tint)) for shade, tint in shades)
@@ -324,7 +328,7 @@ def _draw_thing(brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int
         brush.polygon(_corners(thing.shape, x, y, radius, math.radians(thing.angle)), fill=fill)
     if text := thing.label or thing.print:
         ink = "black" if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 127 else "white"
-        size = 1.1 * radius if thing.label else PRINT_HEIGHT * max(canvas_size)
+        size = 1.1 * radius if thing.label else print_height * max(canvas_size)
         brush.text((x, y), text, fill=ink, font=_font(round(size)), anchor="mm")
 
 
