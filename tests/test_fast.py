@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import ids_of, pixels, tiny_llava
+from helpers import ids_of, tiny_llava, without_times
+from test_quant import FAMILIES, PROMPTS, in_all_families
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from vlmlib import GenParams, LlavaStreamGenerator
+import vlmlib
+from vlmlib import CheckpointError, GenParams, NonFiniteLogitsError
 from vlmlib.cache import KVCache
+from vlmlib.decoding import decode
 from vlmlib.fast import FastDecoder
 from vlmlib.int4 import Int4Linear, linears_of
 from vlmlib.quant import quantize_llm, rounded
+from vlmlib.sampling import Sampler
 
 SIZES = {
     "vocab_size": 97,
@@ -212,6 +220,94 @@ def test_what_it_does_not_know_is_left_to_transformers():
     assert not FastDecoder.supports(strange)
 
 
+# ---- recorded steps ----
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A stand-in for CUDA graphs: the tensor operations of one run are written down once and done
+    again on the same memory, without any Python. Collects their outputs.
+    """
+    outs = []
+
+    def record(run):
+        with torch.inference_mode(False), torch.no_grad():
+            graph = make_fx(lambda _: run(), _allow_non_fake_inputs=True)(torch.zeros(1))
+        outs.append(torch.empty(0))
+        out = outs[-1]
+
+        def replay():
+            new = graph(torch.zeros(1))
+            return out.resize_(new.shape).copy_(new)
+
+        return replay
+
+    monkeypatch.setattr("vlmlib.fast.record", record)
+    return outs
+
+
+@pytest.mark.parametrize(("kv_heads", "four_bits"), [(1, False), (2, True), (6, False)])
+def test_recorded_steps_give_the_logits_of_the_whole_sequence(kv_heads, four_bits, recorded):
+    net = language_model("qwen2", kv_heads)
+    net = in_four_bits(net) if four_bits else net
+    cache, ids = prefilled(net, 245)
+    whole, decoder = copy.deepcopy(net), FastDecoder(net)
+    decoder.records_graphs = True
+    tokens = torch.randint(0, 97, (1, 25), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours = torch.cat([decoder(tokens[:, i : i + 1], cache) for i in range(20)])
+        more = net(tokens[:, 20:], past_key_values=cache.past, use_cache=True).logits[0]
+        theirs = whole(torch.cat([ids, tokens], dim=1)).logits[0, 245:]
+    torch.testing.assert_close(torch.cat([ours, more]), theirs, atol=2e-5, rtol=0)
+    assert len(recorded) == 2, "again when the buffer has grown"
+    assert cache.content == ids[0].tolist() + tokens[0, :20].tolist()
+
+
+@torch.inference_mode()
+def test_recorded_steps_of_two_caches_do_not_mix(recorded):
+    net = language_model()
+    decoder = FastDecoder(net)
+    caches = [prefilled(net, n)[0] for n in (9, 270)]
+    copies = copy.deepcopy(caches)
+    for step in range(20):
+        token = torch.tensor([[step]])
+        for kept, cache in zip(copies, caches, strict=True):
+            decoder.records_graphs = False
+            expected = decoder(token, kept)
+            decoder.records_graphs = True
+            assert (decoder(token, cache) - expected).abs().max() < 2e-5
+        if step == 10:
+            for cache in (*copies, *caches):
+                cache.keep(8)
+    assert len(recorded) == 2 == len(decoder.graphs)
+    del caches, cache
+    gc.collect()
+    assert not decoder.graphs
+
+
+@torch.inference_mode()
+def test_steps_and_draws_never_wait_for_the_device(monkeypatch):
+    """Tensors on "meta" hold no data: whoever reads one gets an error."""
+    monkeypatch.setattr("vlmlib.fast.record", lambda run: run)
+    net = language_model("qwen2", 2).to("meta")
+    decoder, cache = FastDecoder(net), KVCache(net.config)
+    decoder.records_graphs = True
+    net(torch.zeros(1, 253, dtype=torch.long, device="meta"), past_key_values=cache.past)
+    cache.content = [0] * 253
+    sampler = Sampler(GenParams(seed=0))
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    seen = token
+    for _ in range(6):
+        token = sampler.draw(sampler.scores(decoder(token, cache), seen))
+        seen = torch.cat([seen, token], dim=1)
+    assert len(cache) == 259 and token.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        _ = cache.content
+
+
+# ---- in a model ----
+
+
 def test_a_moved_model_is_fused_again():
     model = tiny_llava()
     first = model.fast_decoder()
@@ -232,16 +328,170 @@ def test_a_moved_model_of_four_bits_is_fused_again():
     assert second is not first and second.layers[0].qkv.scales.dtype == torch.float64
 
 
-@pytest.mark.parametrize("params", [GenParams.greedy(n_predict=60), GenParams(seed=3, temp=1.0)])
-@pytest.mark.parametrize("four_bits", [False, True])
-def test_streams_are_the_same_with_and_without(params, four_bits):
+@pytest.mark.parametrize("change", ["weight", "head", "layer"])
+def test_a_model_with_another_weight_is_fused_again(change):
+    model = tiny_llava()
+    first, layers = model.fast_decoder(), model.net.get_decoder().layers
+    if change == "weight":
+        old = layers[1].mlp.down_proj.weight
+        layers[1].mlp.down_proj.weight = torch.nn.Parameter(old.detach().clone())
+    elif change == "head":
+        model.net.lm_head = copy.deepcopy(model.net.lm_head)
+    else:
+        del layers[1]
+    assert model.fast_decoder() is not first
+
+
+def test_hooks_are_not_passed_by():
+    model, seen = tiny_llava(), []
+    layer = model.net.get_decoder().layers[1]
+    hook = layer.mlp.register_forward_hook(lambda *args: seen.append(args[2].shape[1]))
+    ids = answered(model, GREEDY)
+    assert seen[1:] == [1] * (len(ids) - 1)
+    hook.remove()
+    assert answered(model, GREEDY) == ids and len(seen) == len(ids)
+    assert model.fast_decoder() is not None
+
+
+def answered(model, params):
+    return ids_of(vlmlib.stream(model, PROMPTS[0], params, trace=0))
+
+
+GREEDY = GenParams.greedy(n_predict=12)
+SAMPLED = [
+    GenParams(seed=3, temp=1.0, n_predict=12),
+    GenParams(seed=4, temp=2.0, repeat_penalty=1.5, top_k=0, n_predict=12, order="hf"),
+]
+
+
+def conversation(model, params, **options):
+    """Everything three turns say and leave behind."""
+    chat, said = vlmlib.Chat(model, **options), []
+    for parts in (PROMPTS[0], "Hello", "Left or right?"):
+        said.append(without_times(chat.ask(parts, params, trace=1)))
+        for chunk in said[-1]:
+            for token in chunk.pop("tokens"):
+                chunk.setdefault("ids", []).append((token.id, round(token.probability, 4)))
+    return said, [i if isinstance(i, int) else i[1] for i in chat.cache.content]
+
+
+@in_all_families
+@pytest.mark.parametrize("params", [GREEDY, *SAMPLED])
+def test_conversations_are_the_same_with_and_without(family, params):
+    """Second turns in a cache, whole transcripts, answers that are stopped in their middle."""
+    model = FAMILIES[family]()
+    ids = answered(model, params)
+    stop = model.tokenizer.decode(ids[5:6])
+    for changes in ({}, {"stop": (stop,)}, {"n_predict": 1}):
+        for chunk_prefilling in (True, False):
+            model.fast = True
+            assert model.fast_decoder() is not None
+            fast = conversation(model, params.but(**changes), chunk_prefilling=chunk_prefilling)
+            model.fast = False
+            assert model.fast_decoder() is None
+            plain = conversation(model, params.but(**changes), chunk_prefilling=chunk_prefilling)
+            assert fast == plain
+    assert len(set(ids)) > 5 or params.is_greedy
+
+
+@in_all_families
+def test_streams_of_four_bits_are_the_same_with_and_without(family):
+    model = quantize_llm(FAMILIES[family](), group_size=16)
     answers = []
     for fast in (True, False):
-        model = quantize_llm(tiny_llava(), group_size=16) if four_bits else tiny_llava()
         model.fast = fast
-        prompt = "USER: <image>\nWhat is this? ASSISTANT:"
-        stream = LlavaStreamGenerator(
-            model, model.tokenizer, prompt, 0, params, image_tensor=pixels(1), trace=0
-        )
-        answers.append(ids_of(stream))
-    assert answers[0] == answers[1] and len(answers[0]) >= 10
+        answers.append([answered(model, params) for params in (GREEDY, *SAMPLED)])
+    assert answers[0] == answers[1]
+
+
+def test_load_can_do_without(tmp_path):
+    tiny_llava().save_pretrained(tmp_path / "known")
+    tiny_llava(hidden_act="gelu").save_pretrained(tmp_path / "unknown")
+
+    def has(name, **options):
+        model = vlmlib.load(tmp_path / name, device="cpu", **options)
+        return model.fast_decoder() is not None
+
+    assert has("known") and has("known", fast=True) and not has("known", fast=False)
+    assert not has("unknown") and not has("unknown", fast=False)
+    with pytest.raises(CheckpointError, match="unknown: no fast steps .* a LlamaModel .*fast=None"):
+        has("unknown", fast=True)
+
+
+# ---- a step ahead ----
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Every stream gives its device the next step before it reads a token, as on a GPU."""
+
+    def decode_ahead(turn, *args, **options):
+        return decode(replace(turn, looks_ahead=True), *args, **options)
+
+    return lambda: monkeypatch.setattr("vlmlib.model.decode", decode_ahead)
+
+
+@in_all_families
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED[1]])
+def test_a_step_ahead_says_the_same(family, fast, params, ahead):
+    model = FAMILIES[family]()
+    model.fast = fast
+    stop = model.tokenizer.decode(answered(model, params)[5:6])
+    said = [conversation(model, p) for p in (params, params.but(stop=(stop,)))]
+    ahead()
+    again = [conversation(model, p) for p in (params, params.but(stop=(stop,)))]
+    assert again[0] == said[0], "all end by their length: no step is lost"
+    for (chunks, content), (expected, held) in zip(again, said, strict=True):
+        for turn in (*chunks, *expected):
+            del turn[-1]["timing"]  # of the token that ended the turn before, if it was fed
+        assert chunks == expected
+        assert content[: len(held)] == held and len(content) - len(held) in (0, 1)
+
+
+def test_a_step_ahead_is_lost_where_an_answer_ends(ahead):
+    model, prompt = tiny_llava(seed=1), "USER: Hello ASSISTANT:"
+
+    def steps(n_predict, stop=()):
+        with patch.object(model, "step", wraps=model.step) as step:
+            params = GREEDY.but(n_predict=n_predict)
+            ids = ids_of(model.stream_prompt(prompt, None, params, stop_token_ids=stop, trace=0))
+        return len(ids), step.call_count
+
+    ids = ids_of(model.stream_prompt(prompt, None, GREEDY, trace=0))
+    end = next(i for i in range(3, 12) if ids[i] not in ids[:i])
+    expected = [(12, 11), (end + 1, end), (end + 1, end), (1, 0), (0, 0)]
+    requests = [(12,), (12, ids[end : end + 1]), (end + 1, ids[end : end + 1]), (1,), (0,)]
+    assert [steps(*request) for request in requests] == expected
+    ahead()
+    expected[1] = (end + 1, end + 1)
+    assert [steps(*request) for request in requests] == expected
+
+
+def test_a_stream_that_is_left_with_a_step_ahead_can_be_gone_on_from(ahead):
+    said = []
+    for _ in range(2):
+        chat = vlmlib.Chat(tiny_llava(seed=2))
+        stream = chat.ask(PROMPTS[0], GREEDY)
+        for _ in range(4):
+            next(stream)
+        stream.close()
+        said.append((chat.messages[-1], ids_of(chat.ask("Hello", GREEDY, trace=0))))
+        ahead()
+    assert said[0] == said[1] and said[0][0][1] != ("",)
+
+
+def test_broken_numbers_are_told_at_their_step(ahead):
+    model, steps = tiny_llava(), []
+
+    def step(token, cache, decoder):
+        steps.append(token)
+        return decoder(token, cache) if len(steps) != 3 else torch.full((1, 400), torch.nan)
+
+    model.step = step
+    ahead()
+    stream = vlmlib.stream(model, PROMPTS[0], GREEDY)
+    for _ in range(3):
+        next(stream)
+    with pytest.raises(NonFiniteLogitsError, match="step 3: 400 of 400"):
+        next(stream)

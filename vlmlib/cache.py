@@ -20,7 +20,7 @@ class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, in a buffer that doubles when it is full: a new position is
     written into its place, where a DynamicLayer copies all positions. No gradients flow through it.
 
-    buffer        (2, b, k, room, e): keys and values
+    buffer        (2, b, k, room, e): keys and values; what was never written is zero
     keys, values  (b, k, n, e): views of it, up to the last position
     """
 
@@ -33,30 +33,31 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.buffer = None
         start = self.get_seq_length()
-        self._make_room(start + key_states.shape[-2], key_states)
-        self.buffer[0, :, :, start : start + key_states.shape[-2]] = key_states.detach()
-        self.buffer[1, :, :, start : start + key_states.shape[-2]] = value_states.detach()
-        return self._hold(start + key_states.shape[-2])
+        stop = start + key_states.shape[-2]
+        self.make_room(stop, key_states)
+        self.buffer[:, :, :, start:stop] = torch.stack([key_states, value_states]).detach()
+        return self.hold(stop)
 
     def append(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`update` by one position of one sequence: (2 k, e), the keys and then the values."""
         n = self.keys.shape[-2]
-        self._make_room(n + 1, self.keys)
+        self.make_room(n + 1, self.keys)
         self.buffer[:, 0, :, n] = rows.view(2, -1, rows.shape[-1])
-        return self._hold(n + 1)
+        return self.hold(n + 1)
 
-    def _hold(self, n: int) -> tuple[Tensor, Tensor]:
+    def hold(self, n: int) -> tuple[Tensor, Tensor]:
+        """From now on there are n positions -> their keys and values."""
         self.keys, self.values = self.buffer[:, :, :, :n].unbind(0)
         return self.keys, self.values
 
-    def _make_room(self, n: int, like: Tensor) -> None:
+    def make_room(self, n: int, like: Tensor) -> None:
+        """For n positions, with keys and values like these."""
         room = 0 if self.buffer is None else self.buffer.shape[3]
         if n <= room:
             return
         b, k, _, e = like.shape
         with torch.inference_mode(False):  # so that it can be written in and out of that mode
-            new = torch.empty(2, b, k, max(self.SMALLEST, 2 * room, n), e, dtype=like.dtype,
-                              device=like.device)  # fmt: skip
+            new = like.new_zeros(2, b, k, max(self.SMALLEST, 2 * room, n), e)
         if room:
             new[:, :, :, :room] = self.buffer
         self.buffer = new
@@ -72,10 +73,29 @@ class KVCache:
         self.past = DynamicCache(config=config.get_text_config(decoder=True))
         if all(type(layer) is DynamicLayer for layer in self.past.layers):
             self.past.layers = [GrowingLayer() for _ in self.past.layers]
-        self.content: list[Hashable] = []
+        self._content: list[Hashable] = []
+        self._unread: list[Tensor] = []
 
     def __len__(self) -> int:
-        return len(self.content)
+        return len(self._content) + len(self._unread)
+
+    @property
+    def content(self) -> list[Hashable]:
+        """One entry a position, see above."""
+        if self._unread:
+            self._content += torch.cat(self._unread)[:, 0].tolist()
+            self._unread.clear()
+        return self._content
+
+    @content.setter
+    def content(self, content: list[Hashable]) -> None:
+        self._content, self._unread = content, []
+
+    def add(self, token: Tensor) -> None:
+        """One more position holds this (1, 1) id, which is fetched from its device when `content`
+        is asked for, and not before: a GPU need not be waited for at every step.
+        """
+        self._unread.append(token)
 
     def common_prefix(self, content: Sequence[Hashable]) -> int:
         """How many positions from the start are the same here and in `content`."""
@@ -90,4 +110,5 @@ class KVCache:
             )
         if (surplus := int(self.past.get_seq_length()) - n) > 0:
             self.past.crop(-surplus)
-        del self.content[n:]
+        if n < len(self):
+            del self.content[n:]

@@ -33,6 +33,8 @@ class Turn:
     context_len    how many positions prompt and answer may take together
     device         where ids go
     reused_tokens  positions of the prompt that a cache holds already; `prefill` feeds the others
+    looks_ahead    a device works by itself: give it the step behind a token before that token is
+                   read, so that it never waits. If the token ends the answer, that step is lost.
     """
 
     prefill: Callable[[], Tensor]
@@ -42,6 +44,7 @@ class Turn:
     context_len: int
     device: torch.device
     reused_tokens: int = 0
+    looks_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +116,55 @@ def _loop(turn, params, stop_ids, stream_interval, out, tracer) -> Iterator[Chun
     limit = min(params.n_predict, turn.context_len - turn.prompt_tokens)
     sampler = Sampler(params, turn.device)
     seen = torch.tensor([turn.text_ids], dtype=torch.long, device=turn.device)
+
+    def draw(logits: Tensor) -> _Drawn:
+        nonlocal seen
+        scores = sampler.scores(logits, seen)
+        token = sampler.draw(scores)  # (1, 1)
+        seen = torch.cat([seen, token], dim=1)
+        return _Drawn(token, logits, scores)
+
     start = perf_counter()
-    logits = turn.prefill()
+    drawn = draw(turn.prefill())
     out.context_time = perf_counter() - start
     reason = "length"
     while out.tokens < limit:
-        check_finite(logits, step=out.tokens)
-        scores = sampler.scores(logits, seen)
-        token = sampler.draw(scores)  # (1, 1)
-        token_id = int(token)
+        is_last = out.tokens + 1 == limit
+        ahead = draw(turn.step(drawn.token)) if turn.looks_ahead and not is_last else None
+        token_id = drawn.read(step=out.tokens)
         out.count(perf_counter() - start)
         if tracer:
-            out.traces.append(tracer(token_id, logits, scores))
+            out.traces.append(tracer(token_id, drawn.logits, drawn.scores))
         if token_id in stop_ids or out.stream.push(token_id):
             reason = "stop"
             break
         if out.tokens % stream_interval == 0:
             yield out.chunk()
-        if out.tokens < limit:
+        if not is_last:
             start = perf_counter()
-            seen = torch.cat([seen, token], dim=1)
-            logits = turn.step(token)
+            drawn = ahead or draw(turn.step(drawn.token))
     out.stream.flush()
     yield out.chunk(reason)
+
+
+class _Drawn:
+    """A (1, 1) id on the device with what it was drawn from, on its way to be read."""
+
+    def __init__(self, token: Tensor, logits: Tensor, scores: Tensor):
+        self.token, self.logits, self.scores = token, logits, scores
+        self._id = token.to("cpu", non_blocking=True)
+        self._highest = logits.max().to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if token.is_cuda else None
+        if self._arrival:
+            self._arrival.record()
+
+    def read(self, step: int) -> int:
+        """Wait until it is here. Raises NonFiniteLogitsError."""
+        if self._arrival:
+            self._arrival.synchronize()
+        if not self._highest < torch.inf:  # nor is NaN
+            check_finite(self.logits, step)
+        return int(self._id)
 
 
 @dataclass(slots=True)

@@ -4,26 +4,32 @@ transformers' modules serve every case, and for one token of a small model that 
 more than the arithmetic. A `FastDecoder` reads the same weights and does the one case that decoding
 needs: one token of one sequence, at the end of its cache. q, k and v are one product, and so are
 gate and up, of plain weights or of four-bit ones; rotation and caching are done for all heads at
-once.
+once. On an NVIDIA GPU the step is recorded as a CUDA graph, so that Python is out of the way too.
 
 Axes: d width, h heads of queries, k heads of keys and of values, e their width, n positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedModel, Qwen2Model
 
-from .cache import KVCache
+from .cache import GrowingLayer, KVCache
 from .int4 import Int4Linear
 
 DECODERS = (LlamaModel, Qwen2Model)
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not change with the length
+
+Append = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(2 k, e) keys and then values of a position -> those of all, (1, k, n, e) each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,13 @@ class FastDecoder:
         self.layers = [_fused(layer) for layer in decoder.layers]
         self.norm, self.head = decoder.norm.weight, net.lm_head.weight
         self.embeddings = decoder.embed_tokens.weight
-        self.rotary, self.cos, self.sin = decoder.rotary_emb, None, None
+        self.rotary = decoder.rotary_emb
+        self.cos = self.sin = self.embeddings.new_empty(0, self.head_dim)
+        heads = torch.arange(self.heads + 2 * self.kv_heads, device=self.embeddings.device)
+        self.turns = (heads < self.heads + self.kv_heads)[:, None]  # values do not
+        self.addresses = _addresses(net)
+        self.records_graphs = self.embeddings.is_cuda
+        self.graphs: WeakKeyDictionary[KVCache, StepGraph] = WeakKeyDictionary()
 
     @staticmethod
     def supports(net: PreTrainedModel) -> bool:
@@ -73,45 +85,131 @@ class FastDecoder:
 
     def is_current(self, net: PreTrainedModel) -> bool:
         """Whether the weights of `net` are still those that were fused: it may have been moved."""
-        first = _weight(net.get_decoder().layers[0].self_attn.q_proj)
-        return _address(first) == _address(self.layers[0].qkv)
+        return _addresses(net) == self.addresses
 
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
         """Feed one (1, 1) id behind all that `cache` holds -> (1, v) logits."""
-        n = len(cache)
-        cache.content.append(int(token))
-        cos, sin = self._rotation(n)
+        n, layers = len(cache), cache.past.layers
+        if self.records_graphs:
+            logits = self._graph(cache)(token, n)
+            for layer in layers:
+                layer.hold(n + 1)
+        else:
+            cos, sin = self.rotations(n + 1)
+            logits = self.logits(token, cos[n], sin[n], [layer.append for layer in layers])
+        cache.add(token)
+        return logits
+
+    def logits(
+        self,
+        token: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        appends: Sequence[Append],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(1, 1) id, (e,) cosines and sines of its position -> (1, v)
+
+        appends  for each layer, see Append
+        mask     (1, n), added to the scores of the positions that `appends` return
+        """
+        cos, sin = torch.where(self.turns, cos, 1), torch.where(self.turns, sin, 0)  # (h + 2k, e)
         x = F.embedding(token[0], self.embeddings)  # (1, d)
         width = x.shape[1:]
-        for layer, past in zip(self.layers, cache.past.layers, strict=True):
+        for layer, append in zip(self.layers, appends, strict=True):
             y = F.rms_norm(x, width, layer.norm, self.eps)
             qkv = _product(y, layer.qkv, layer.qkv_bias).view(-1, self.head_dim)  # (h + 2k, e)
             qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
-            keys, values = past.append(qkv[self.heads :])
-            q = qkv[: self.heads].view(1, self.heads, 1, self.head_dim)
-            y = F.scaled_dot_product_attention(
-                q, keys, values, enable_gqa=self.heads != self.kv_heads
-            )
-            x = _added(x, y.view(1, -1), layer.o)
+            keys, values = append(qkv[self.heads :])
+            # Queries that share their keys stand in a row, as if they were positions.
+            q = qkv[: self.heads].view(1, self.kv_heads, -1, self.head_dim)
+            y = F.scaled_dot_product_attention(q, keys, values, mask)
+            x = _added(x, y.reshape(1, -1), layer.o)
             y = F.rms_norm(x, width, layer.mlp_norm, self.eps)
             gate, up = _product(y, layer.gate_up).chunk(2, dim=-1)
             x = _added(x, F.silu(gate).mul_(up), layer.down)
         return F.linear(F.rms_norm(x, width, self.norm, self.eps), self.head)
 
-    def _rotation(self, n: int) -> tuple[Tensor, Tensor]:
-        """(h + 2k, e) cosines and sines for position n: 1 and 0 for values, which do not turn."""
-        if self.cos is None or n >= len(self.cos):
-            self._make_tables(max(256, 2 * n))
-        return self.cos[n], self.sin[n]
+    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
+        """(n, e) cosines and sines for so many positions or more. The sines of the first half of e
+        are negative: what is turned is x cos + roll(x, e / 2) sin.
+        """
+        if length > len(self.cos):
+            positions = torch.arange(max(256, 2 * length), device=self.embeddings.device)
+            cos, sin = self.rotary(self.embeddings, positions[None])  # (1, n, e)
+            half = self.head_dim // 2
+            self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        return self.cos, self.sin
 
-    def _make_tables(self, length: int) -> None:
-        like, half = self.embeddings[:1, : self.head_dim], self.head_dim // 2
-        cos, sin = self.rotary(like, torch.arange(length, device=like.device)[None])  # (1, n, e)
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        turned = self.heads + self.kv_heads
-        cos, sin = (x[0, :, None].repeat(1, turned + self.kv_heads, 1) for x in (cos, sin))
-        cos[:, turned:], sin[:, turned:] = 1, 0
-        self.cos, self.sin = cos, sin
+    def _graph(self, cache: KVCache) -> StepGraph:
+        """For a cache with room for one more position."""
+        layers = cache.past.layers
+        for layer in layers:
+            layer.make_room(len(cache) + 1, layer.keys)
+        graph = self.graphs.get(cache)
+        if graph is None or not graph.is_current(layers):
+            graph = self.graphs[cache] = StepGraph(self, layers)
+        return graph
+
+
+class StepGraph:
+    """A step in a cache of a fixed size, recorded as a CUDA graph: one launch instead of hundreds.
+
+    A graph does the same on the same memory each time. So the position is a number in that memory,
+    new keys and values are written where it says, and attention reads all the room there is, with
+    what lies behind the position masked.
+    """
+
+    def __init__(self, decoder: FastDecoder, layers: Sequence[GrowingLayer]) -> None:
+        self.decoder, self.buffers = decoder, [layer.buffer for layer in layers]
+        room, device = self.buffers[0].shape[3], self.buffers[0].device
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+        self.positions = torch.arange(room, device=device)
+        self.rotations = decoder.rotations(room)  # held here: the decoder may make longer ones
+        self.replay: Callable[[], Tensor] | None = None
+
+    def is_current(self, layers: Sequence[GrowingLayer]) -> bool:
+        """Whether the layers still have the memory that the graph works on."""
+        return all(
+            layer.buffer is buffer for layer, buffer in zip(layers, self.buffers, strict=True)
+        )
+
+    def __call__(self, token: Tensor, n: int) -> Tensor:
+        """(1, 1) id for position n -> (1, v) logits"""
+        self.token.copy_(token)
+        self.at.fill_(n)
+        if self.replay is None:
+            logits = self.run()  # once as it is: kernels load and warm up outside of a graph
+            self.replay = record(self.run)
+            return logits
+        return self.replay().clone()  # the next step writes over it
+
+    def run(self) -> Tensor:
+        cos, sin = (table.index_select(0, self.at)[0] for table in self.rotations)
+        appends = [partial(_write, buffer, self.at) for buffer in self.buffers]
+        mask = torch.zeros_like(self.positions, dtype=cos.dtype)
+        mask = mask.masked_fill(self.positions > self.at, -torch.inf)[None]
+        return self.decoder.logits(self.token, cos, sin, appends, mask)
+
+
+def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function as a CUDA graph -> what does the same again, and returns the same tensor."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _write(buffer: Tensor, at: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`GrowingLayer.append` at a position that is known on the device only."""
+    buffer.index_copy_(3, at, rows.view(2, 1, -1, 1, rows.shape[-1]))
+    return buffer.unbind(0)
 
 
 def _product(x: Tensor, weight: Tensor | Int4Linear, bias: Tensor | None = None) -> Tensor:
@@ -150,9 +248,11 @@ def _weight(layer: nn.Linear | Int4Linear) -> Tensor | Int4Linear:
     return layer if isinstance(layer, Int4Linear) else layer.weight
 
 
-def _address(weight: Tensor | Int4Linear) -> int:
-    """Of what lies elsewhere after the layer was moved or cast."""
-    return (weight.scales if isinstance(weight, Int4Linear) else weight).data_ptr()
+def _addresses(net: PreTrainedModel) -> list[int]:
+    """Of all weights; others if they were moved, cast or exchanged."""
+    decoder = net.get_decoder()
+    weights = chain(decoder.parameters(), decoder.buffers(), net.lm_head.parameters())
+    return [weight.data_ptr() for weight in weights]
 
 
 def _fuse(parts: list) -> tuple[Tensor | Int4Linear, Tensor | None]:

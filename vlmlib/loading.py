@@ -16,13 +16,15 @@ from transformers import (
 )
 
 from .checkpoint import SMALL, blaming, default_dtype, find_device, load_net, read_config
-from .errors import CheckpointError
+from .errors import CheckpointError, QuantizationError
+from .fast import FastDecoder
 from .images import ImageProcessor
 from .internvl import InternVL
 from .llava import Llava, LlavaNext
 from .model import VisionLanguageModel
 from .nvila import NVILA
 from .nvila_checkpoint import is_nvila
+from .quant import quantize_llm
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 """The repository's pictures and checkpoints."""
@@ -44,6 +46,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    fast: bool | None = None,
+    quant: str | None = None,
 ) -> VisionLanguageModel:
     """Load a model with its tokenizer and preprocessing, ready for `vlmlib.stream`.
 
@@ -52,11 +56,17 @@ def load(
     dtype       default: on a GPU the checkpoint's own; on a CPU float32 for small models (under
                 200 MB of weights) and bfloat16 for large ones; bfloat16 for four-bit weights
     revision    commit, tag or branch of a hub id
+    fast        False: transformers' modules take every step; True: it is an error if they must,
+                since `vlmlib.fast` does not know the language model. The answers are the same.
+    quant       "int4" rounds the language model to four bits, as `quantize_llm` does by default
 
     Four-bit language models are read as `quantize_llm` makes and `save_pretrained` saves them, and
     from AutoAWQ's GEMM format. Only safetensors are read, and no code from the checkpoint is run.
-    Raises CheckpointError and DeviceError.
+    Raises CheckpointError, DeviceError and QuantizationError.
     """
+    if quant not in (None, "int4"):
+        raise QuantizationError(f"quant must be None or 'int4', got {quant!r}")
+    dtype = dtype or (torch.bfloat16 if quant else None)
     folder = find_checkpoint(checkpoint, revision=revision)
     config = read_config(folder)
     if is_nvila(folder, config):
@@ -64,7 +74,14 @@ def load(
     else:
         model = _load_native(folder, config, device, dtype)
     model.name = os.fspath(checkpoint)
-    return model
+    model.fast = fast is not False
+    if fast and not FastDecoder.supports(model.net):
+        kind = type(model.net.get_decoder()).__name__
+        raise CheckpointError(
+            f"{checkpoint}: no fast steps for its language model, a {kind} with this "
+            "configuration; load it with fast=None"
+        )
+    return quantize_llm(model) if quant else model
 
 
 def load_pretrained_model(

@@ -9,6 +9,7 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class VisionLanguageModel(ABC):
     name             what `vlmlib.load` was asked for
     chat_template    a Jinja template in place of the tokenizer's own
     fast             take single steps by `vlmlib.fast` where it can, for the same tokens; False
-                     leaves them to transformers
+                     leaves them to transformers' modules
     quantized        the same model with four-bit weights, if it is to hold both, see `quantize_llm`
     """
 
@@ -183,15 +184,34 @@ class VisionLanguageModel(ABC):
         kept. Raises CacheError when `start_pos` lies behind the cache's end.
         """
         cache.keep(start_pos)
+        logits = self._feed(inputs_embeds, cache)
+        cache.content += [object() for _ in inputs_embeds[0]] if content is None else content
+        return logits
+
+    def step(self, token: Tensor, cache: KVCache, decoder: FastDecoder | None = None) -> Tensor:
+        """Feed one (1, 1) id behind all that `cache` holds -> (1, v) logits.
+
+        Every token of an answer but the last goes through here. `decoder` is the `fast_decoder()`,
+        asked for once an answer; without it transformers' modules do the step.
+        """
+        if decoder is not None:
+            return decoder(token, cache)
+        logits = self._feed(self.embed(token), cache)
+        cache.add(token)
+        return logits
+
+    def _feed(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
         out = self.net.get_decoder()(
             inputs_embeds=inputs_embeds, past_key_values=cache.past, use_cache=True
         )
-        cache.content += [object() for _ in inputs_embeds[0]] if content is None else content
         return self.net.lm_head(out.last_hidden_state[:, -1])
 
     def fast_decoder(self) -> FastDecoder | None:
-        """For single steps; None if `fast` is off or the language model is of another kind."""
-        if not self.fast:
+        """For single steps; None if `fast` is off, if the language model is of a kind that it does
+        not know, and while there are hooks in that: it would go past them.
+        """
+        modules = self.net.get_decoder().modules()
+        if not self.fast or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
             return None
         if self._decoder is None or not self._decoder.is_current(self.net):
             self._decoder = FastDecoder(self.net) if FastDecoder.supports(self.net) else None
@@ -277,21 +297,15 @@ class VisionLanguageModel(ABC):
             inputs = fuse(ids[first_id:], features, self.embed)[:, offset:]
             return self.forward(inputs, start, cache, content[start:])
 
-        decoder = self.fast_decoder()
-
-        def step(token: Tensor) -> Tensor:
-            if decoder:
-                return decoder(token, cache)
-            return self.forward(self.embed(token), len(cache), cache, [int(token)])
-
         return Turn(
             prefill,
-            step,
+            partial(self.step, cache=cache, decoder=self.fast_decoder()),
             text_ids=[i for i in ids if i != IMAGE_TOKEN_INDEX],
             prompt_tokens=len(content),
             context_len=self.context_len,
             device=self.device,
             reused_tokens=start,
+            looks_ahead=self.device.type == "cuda",
         )
 
     def read(self, prompt: str, media: Media) -> tuple[list[int], list[Medium]]:

@@ -172,7 +172,10 @@ class Sampler:
 
     def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
         """(b, v) logits, (b, n) ids seen so far -> (b, v) fp32 scores; -inf is "never"."""
-        return self.processors(seen, logits.float())
+        scores = logits.float()
+        for processor in self.processors:  # calling their list looks at signatures every time
+            scores = processor(seen, scores)
+        return scores
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """(b, v) scores -> (b, v) what `draw` draws with; greedy puts all on the best."""
