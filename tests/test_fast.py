@@ -404,6 +404,18 @@ def test_streams_of_four_bits_are_the_same_with_and_without(family):
     assert answers[0] == answers[1]
 
 
+@in_all_families
+def test_a_model_that_has_answered_is_saved_as_before(family, tmp_path):
+    model = FAMILIES[family]()
+    model.save_pretrained(tmp_path / "before")
+    ids = answered(model, GREEDY)
+    model.save_pretrained(tmp_path / "after")
+    for file in tmp_path.glob("before/**/*.safetensors"):
+        after = tmp_path / "after" / file.relative_to(tmp_path / "before")
+        assert after.read_bytes() == file.read_bytes()
+    assert answered(vlmlib.load(tmp_path / "after", device="cpu"), GREEDY) == ids
+
+
 def test_load_can_do_without(tmp_path):
     tiny_llava().save_pretrained(tmp_path / "known")
     tiny_llava(hidden_act="gelu").save_pretrained(tmp_path / "unknown")

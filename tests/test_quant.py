@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import re
 import shutil
 from collections import deque
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_internvl import tiny_internvl
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import vlmlib
 from vlmlib import (
@@ -31,7 +30,16 @@ from vlmlib import (
     QuantizationError,
     quantize_llm,
 )
-from vlmlib.int4 import KERNEL_ROWS, KERNELS, METHOD, dequantize, pack, quantize, unpack
+from vlmlib.int4 import (
+    KERNEL_ROWS,
+    KERNELS,
+    METHOD,
+    dequantize,
+    linears_of,
+    pack,
+    quantize,
+    unpack,
+)
 from vlmlib.quant import (
     GROUPS,
     best_scales,
@@ -42,7 +50,8 @@ from vlmlib.quant import (
     nearest,
     watch,
 )
-from vlmlib.tiny.scenes import VALIDATION, draw, questions, random_scene, train_scene
+from vlmlib.tiny.evaluate import grade, weight_formats
+from vlmlib.tiny.scenes import VALIDATION
 
 GREEDY = GenParams.greedy(n_predict=12)
 FAMILIES = {"llava": tiny_llava, "nvila": nvila_helpers.nvila, "internvl": tiny_internvl}
@@ -233,14 +242,7 @@ def test_parts_of_a_stack_compute_as_before(sizes):
     parts = [int4_linear(o, 96, 32, bias=True, seed=o + k) for k, o in enumerate(sizes)]
     x = random_weights(3, 96).bfloat16()
     before = [part(x) for part in parts]
-
-    def join(name):
-        joined = torch.cat([getattr(part, name) for part in parts])
-        for part, piece in zip(parts, joined.split(sizes), strict=True):
-            setattr(part, name, piece)
-        return joined
-
-    whole = Int4Linear.stacked(parts, join)
+    whole = Int4Linear.stacked(parts)
     assert torch.equal(whole(x), torch.cat(before, dim=-1))
     assert all(torch.equal(part(x), y) for part, y in zip(parts, before, strict=True))
     storages = {p._for_kernel[0].untyped_storage().data_ptr() for p in (*parts, whole)}
@@ -655,26 +657,39 @@ def test_awq_formats_that_cannot_be_read(half, tmp_path, config, words):
         vlmlib.load(tmp_path, device="cpu")
 
 
-@pytest.mark.parametrize(("kind", "group_size"), [("qwen2", 128), ("llama", 64), ("qwen2", 32)])
-def test_size_on_disk(kind, group_size, tmp_path):
-    """One layer as wide as those of a model of 0.5 B parameters."""
-    config, net_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[kind]
-    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
-    few = {"num_hidden_layers": 1, "vocab_size": 8, "num_key_value_heads": 2}
-    model = nvila_helpers.nvila()
-    model.net = net_class(config(**sizes, **few)).bfloat16()
-    quantized = quantize_llm(model, group_size=group_size)
+def bytes_of(net):
+    """Of all that is in the layers of its decoder."""
+    return sum(tensor.nbytes for tensor in net.get_decoder().layers.state_dict().values())
 
-    def layers_on_disk(net, name):
-        net.save_pretrained(tmp_path / name)
-        state = load_file(tmp_path / name / "model.safetensors")
-        return sum(tensor.nbytes for key, tensor in state.items() if "_proj." in key)
 
-    share = layers_on_disk(quantized.net, "int4") / layers_on_disk(model.net, "bf16")
-    assert share <= 0.35
+def with_int4(net, group_size):
+    """Of the sizes of a network, on a device that holds no data."""
+    for name, linear in linears_of(net.get_decoder().layers).items():
+        sizes = (linear.in_features, linear.out_features, group_size, linear.bias is not None)
+        net.get_decoder().layers.set_submodule(name, Int4Linear(*sizes, device="meta"))
+    return net.bfloat16()
+
+
+@pytest.mark.parametrize(("group_size", "share"), [(128, 0.265), (64, 0.276), (32, 0.30)])
+def test_size_of_a_model_of_half_a_billion_weights(group_size, share):
+    """As wide and as deep as Qwen2-0.5B; no embeddings."""
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    config = Qwen2Config(**sizes, num_attention_heads=14, num_key_value_heads=2, vocab_size=8)
+    with torch.device("meta"):
+        net = Qwen2ForCausalLM(config).bfloat16()
+    assert sum(p.numel() for p in net.model.layers.parameters()) == 357_897_216
+    whole = bytes_of(net)
+    assert bytes_of(with_int4(net, group_size)) / whole == pytest.approx(share, abs=0.005)
+
+
+@in_all_families
+def test_what_is_saved_is_as_large_as_its_sizes_say(family, tmp_path):
+    model = FAMILIES[family]()
+    model.net.to(torch.bfloat16)
+    quantized = quantize_llm(model, group_size=16)
+    file = llm_folder(family, saved(quantized, tmp_path)) / "model.safetensors"
+    layers = [t.nbytes for name, t in load_file(file).items() if re.search(r"model\.layers", name)]
+    assert sum(layers) == bytes_of(with_int4(copy.deepcopy(model.net).to("meta"), 16))
 
 
 # ---- the model that ships ----
@@ -682,17 +697,7 @@ def test_size_on_disk(kind, group_size, tmp_path):
 
 def test_the_model_that_ships_still_sees():
     """With few weights to a scale, and the search, in the type that the kernels want."""
-    model = vlmlib.load("tiny-llava", device="cpu", dtype=torch.bfloat16)
-    prompts = []
-    for index in range(4):
-        scene = train_scene(index)
-        asked = questions(scene, random.Random(index))
-        prompts.append([draw(scene), asked[index % len(asked)].question])
-    quantized = quantize_llm(model, group_size=32, calibration=prompts)
-    right = []
-    for at, seed in enumerate(VALIDATION[:24]):
-        scene = random_scene(seed)
-        asked = questions(scene, random.Random(seed))
-        qa = asked[at % len(asked)]
-        right.append(vlmlib.answer(quantized, [draw(scene), qa.question]) == qa.answer)
-    assert sum(right) >= 20
+    *_, (name, quantized) = weight_formats("tiny-llava", prompts=4)
+    assert name == "int4, searched" and "int4 and bfloat16" in repr(quantized)
+    graded = grade(quantized, "scene", VALIDATION[:3])
+    assert sum(g.right for g in graded) >= 0.8 * len(graded) >= 20

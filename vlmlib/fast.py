@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedModel, Qwen2Model
 
 from .cache import GrowingLayer, KVCache
-from .int4 import Int4Linear
+from .int4 import Int4Linear, joined
 
 DECODERS = (LlamaModel, Qwen2Model)
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not change with the length
@@ -258,16 +258,5 @@ def _addresses(net: PreTrainedModel) -> list[int]:
 def _fuse(parts: list) -> tuple[Tensor | Int4Linear, Tensor | None]:
     """Several layers that read one input as one, with a bias that is not in it."""
     if isinstance(parts[0], Int4Linear):
-        return Int4Linear.stacked(parts, partial(_join, parts)), None
-    return _join(parts, "weight"), _join(parts, "bias")
-
-
-def _join(parts: list[nn.Module], name: str) -> Tensor | None:
-    """Parameters or buffers of several modules as one tensor, of which they become views."""
-    own = [getattr(part, name) for part in parts]
-    if own[0] is None:
-        return None
-    joined = torch.cat([parameter.data for parameter in own])
-    for parameter, piece in zip(own, joined.split([len(p) for p in own]), strict=True):
-        parameter.data = piece
-    return joined
+        return Int4Linear.stacked(parts), None
+    return joined(parts, "weight"), joined(parts, "bias")

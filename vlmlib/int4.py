@@ -15,7 +15,7 @@ pytorch:aten/src/ATen/native/cpu/int4mm_kernel.cpp, AutoAWQ:awq/modules/linear/g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -143,16 +143,15 @@ class Int4Linear(nn.Module):
         return layer
 
     @classmethod
-    def stacked(cls, parts: Sequence[Int4Linear], join: Callable[[str], Tensor]) -> Int4Linear:
-        """One layer with the outputs of all parts; `join(name)` makes a buffer of the parts' own.
-
-        Parts that are whole KERNEL_BLOCKs of it share what is made for the kernel.
+    def stacked(cls, parts: Sequence[Int4Linear]) -> Int4Linear:
+        """One layer with the outputs of all parts, which become views of it. Parts that are whole
+        KERNEL_BLOCKs of it also share what is made for the kernel.
         """
         first, ends = parts[0], list(accumulate(part.out_features for part in parts))
         bias = first.bias is not None
         layer = cls(first.in_features, ends[-1], first.group_size, bias, device="meta")
         for name, _ in list(layer.named_buffers()):
-            setattr(layer, name, join(name))
+            setattr(layer, name, joined(parts, name))
         for part, end in zip(parts, ends, strict=True):
             part._forget()
             part._whole = (layer, end - part.out_features)
@@ -230,6 +229,17 @@ def _has_kernel(device: torch.device, outputs: int) -> bool:
         return outputs % 16 == 0
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and outputs % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def joined(modules: Sequence[nn.Module], name: str) -> Tensor | None:
+    """Parameters or buffers of that name as one tensor, of which they become views."""
+    own = [getattr(module, name) for module in modules]
+    if own[0] is None:
+        return None
+    whole = torch.cat([tensor.data for tensor in own])
+    for tensor, piece in zip(own, whole.split([len(t) for t in own]), strict=True):
+        tensor.data = piece
+    return whole
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:

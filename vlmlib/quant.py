@@ -265,8 +265,10 @@ def best_scales(layer: nn.Module, group: Group, seen: Seen, group_size: int) -> 
     for ratio in RATIOS:
         s = size.pow(ratio).clamp(min=1e-4)
         s = s / (s.max() * s.min()).sqrt()
-        new = {name: nearest(w.float() * s, group_size, w.dtype) / s for name, w in weights.items()}
-        new = {name: new[name].to(w.dtype) for name, w in weights.items()}
+        new = {
+            name: (nearest(w.float() * s, group_size, w.dtype) / s).to(w.dtype)
+            for name, w in weights.items()
+        }
         tried.append((seen.error(block, new), s))
     return min(tried, key=lambda pair: pair[0])[1]
 

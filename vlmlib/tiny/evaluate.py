@@ -33,6 +33,7 @@ from ..images import ImageSource
 from ..loading import load
 from ..media import Medium, Video
 from ..model import VisionLanguageModel
+from ..quant import quantize_llm
 from ..sampling import GenParams
 from .clips import CLIP_KINDS, clip_questions, frames, random_clip, write_video
 from .data import FRAMES, MIXES, Writer
@@ -50,6 +51,7 @@ from .scenes import (
     outline,
     questions,
     random_scene,
+    train_scene,
 )
 
 GREEDY = GenParams.greedy(n_predict=128)
@@ -268,6 +270,28 @@ def measure(
             numbers["print"]["without_detail"] = by_kind(coarse)
         numbers["print"]["attention_hits"] = attention_hits(model, seeds[:LOOKED_AT])
     return numbers
+
+
+def weight_formats(
+    checkpoint: str | Path, group_size: int = 32, prompts: int = 16
+) -> Iterator[tuple[str, VisionLanguageModel]]:
+    """A checkpoint in 32, 16 and 4 bits a weight of its language model, one after the other, on the
+    CPU; the last one searched for on some questions about training scenes. What each is worth:
+
+        seeds, formats = VALIDATION[:100], weight_formats("tiny-llava")
+        print(table({name: measure(model, ["scene"], seeds) for name, model in formats}))
+    """
+    yield "float32", load(checkpoint, device="cpu", dtype=torch.float32)
+    model = load(checkpoint, device="cpu", dtype=torch.bfloat16)
+    yield "bfloat16", model
+    yield "int4, rounded", quantize_llm(model, group_size=group_size)
+    calibration = []
+    for index in range(prompts):
+        scene = train_scene(index)
+        asked = questions(scene, random.Random(index))
+        calibration.append([draw(scene), asked[index % len(asked)].question])
+    searched = quantize_llm(model, group_size=group_size, calibration=calibration)
+    yield "int4, searched", searched
 
 
 def visual_tokens(model: VisionLanguageModel, content: str, seed: int, pixels: int = 112) -> int:
