@@ -20,7 +20,7 @@ from transformers import (
 
 import vlmlib
 from vlmlib import IMAGE_TOKEN_INDEX, Video
-from vlmlib.tiny import data
+from vlmlib.tiny import data, train
 from vlmlib.tiny.clips import frames, random_clip
 from vlmlib.tiny.data import (
     CHARACTERS,
@@ -74,12 +74,14 @@ from vlmlib.tiny.tokenizer import build_qwen_tokenizer, build_tokenizer
 from vlmlib.tiny.train import (
     Recipe,
     Trainer,
+    add_up_gradients,
     answer_logits,
     embed_patches_by_matrix,
     load_trainer,
     run,
     save_state,
     split_parameters,
+    total,
 )
 
 EVERY = pytest.mark.parametrize("name", BUILDERS)
@@ -441,6 +443,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     run(second, lambda entry: None, workers=0)
     for key, value in straight.parts.state_dict().items():
         assert torch.equal(value, second.parts.state_dict()[key]), key
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """The same losses to rounding: the gradients of both are added up before every step."""
+    seen = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        command = "--steps 10 --look-steps 0 --batch-size 4 --asked 2 --warm-up 1 --workers 0"
+        train.main(
+            ["--out", str(out), "--processes", processes, "--threads", processes, *command.split()]
+        )
+        log = [json.loads(line) for line in (out / "training_log.jsonl").open()]
+        seen.append([entry for entry in log if "seconds" in entry])
+        assert vlmlib.load(out, device="cpu").family == "llava"
+    for one, two in zip(*seen, strict=True):
+        assert one["step"] == two["step"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.005)
+    assert seen[0][-1]["loss"] < 0.9 * seen[0][0]["loss"]
+
+
+def test_gradients_of_one_process_stay_as_they_are():
+    weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    weights[0].grad = torch.tensor([1.0, 2.0])
+    add_up_gradients(weights)
+    assert weights[0].grad.tolist() == [1, 2] and weights[1].grad is None
+    assert total(1, 2.5) == [1, 2.5]
+
+
+def test_every_sequence_of_a_step_is_in_one_process_only():
+    whole, *shares = (
+        Stream(shared("tiny-llava"), 4, asked=2, part=part)[3] for part in ((0, 1), (0, 2), (1, 2))
+    )
+    lengths = [
+        sorted((b.blocks >= 0).sum(dim=1).tolist()) for b in (whole[0], *(s[0] for s in shares))
+    ]
+    assert lengths[0] == sorted(lengths[1] + lengths[2])
 
 
 def test_a_missing_state_is_an_error_in_words(tmp_path):

@@ -110,10 +110,17 @@ MIXES = {
 for small print like the others, but not for things that it may not see.
 """
 
+TO_READ = {
+    "scene": Share(0.3, WEIGHTS, "caption"),
+    "print": Share(0.7, PRINT_WEIGHTS, "find_print", close_up=0.9),
+}
+LOOKS = {"llava": MIXES["llava"], "nvila": TO_READ, "internvl": TO_READ}
+"""What each family's tower looks at first: letters take it the longest to tell apart."""
+
 FRAMES = 8
 """Of a clip, for a model to look at."""
 
-TOGETHER = 8
+TOGETHER = 4
 
 CHARACTERS = sorted({character for text in PRINTS for character in text})
 READ_FROM = 7
@@ -353,6 +360,7 @@ def _as_typed(qa: QA, rng: random.Random) -> QA:
 class Stream(Dataset):
     """Item s is the work of step s of the run with this seed; no questions in `look_steps`.
 
+    Of `part` (i, n) that is every n-th sequence from number i on: the share of one of n processes.
     The sequences come in batches of `TOGETHER`, sorted by length: scenes, tiled pictures and clips
     differ so much that half of one large batch would be padding.
     """
@@ -364,18 +372,21 @@ class Stream(Dataset):
         seed: int = 0,
         asked: int = 10,
         look_steps: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.writer = Writer(model)
-        self.mix = MIXES[model.family]
+        self.mixes = LOOKS[model.family], MIXES[model.family]
         self.batch_size = batch_size
         self.seed = seed
         self.asked = asked
         self.look_steps = look_steps
+        self.part = part
 
     def __getitem__(self, step: int) -> list[Batch]:
         first = self.seed * 10**9 + step * self.batch_size
         asked = 0 if step < self.look_steps else self.asked
-        rows = [self._row(first + index, asked) for index in range(self.batch_size)]
+        mine = range(self.part[0], self.batch_size, self.part[1])
+        rows = [self._row(first + index, asked) for index in mine]
         rows.sort(key=lambda pair: len(pair[0].tokens.ids))
         groups = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
         batches = [collate(*zip(*group, strict=True)) for group in groups]
@@ -384,10 +395,10 @@ class Stream(Dataset):
         return batches
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
-        shares = [share.of_all for share in self.mix.values()]
-        (content,) = random.Random(f"content {index}").choices(tuple(self.mix), shares)
-        shown, rng = CONTENTS[content](index), random.Random(index)
-        share = self.mix[content]
+        mix = self.mixes[asked > 0]
+        shares = [share.of_all for share in mix.values()]
+        (content,) = random.Random(f"content {index}").choices(tuple(mix), shares)
+        shown, rng, share = CONTENTS[content](index), random.Random(index), mix[content]
         pairs = choose_questions(shown, share, rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
