@@ -33,7 +33,6 @@ from .clips import Clip, ask_clip, frames, train_clip
 from .model import PATCH, PIXELS
 from .scenes import (
     COLOURS,
-    LABELS,
     PRINTS,
     QA,
     RADII,
@@ -285,15 +284,15 @@ def close_up(scene: Scene) -> Scene:
 
 
 def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1, 1)) -> np.ndarray:
-    """(7, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size, label
-    and three characters of small print; 0 is none.
+    """(6, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size and three
+    characters of what is written there, label or small print; 0 is none.
 
     size    (width, height) of the picture
     region  what the tile shows of it, as in `Medium.regions`
 
-    A patch belongs to a thing if its centre lies in the thing's outline, and to its small print if
-    it lies in the box of the text; both are taken as one and a half patches wide at least, so that
-    none goes unseen. Small print below READ_FROM pixels is IGNOREd.
+    A patch belongs to a thing and to its label if its centre lies in the thing's outline, and to
+    its small print if it lies in the box of the text; both are taken as one and a half patches wide
+    at least, so that none goes unseen. Small print below READ_FROM pixels is IGNOREd.
     """
     side = PIXELS // PATCH
     (width, height), (left, top, right, bottom) = size, region
@@ -311,23 +310,23 @@ def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1
             1 + SHAPES.index(thing.shape),
             1 + tuple(COLOURS).index(thing.colour),
             1 + tuple(RADII).index(thing.size),
-            1 + LABELS.index(thing.label) if thing.label else 0,
         )
         for plane, value in zip(classes, values, strict=False):
             plane[inside] = value
-        half = 0.35 * letter * len(thing.print), 0.35 * letter
-        reach = [max(h, 0.75 * p) for h, p in zip(half, patch, strict=True)]
-        inside = (abs(away[0]) <= reach[0]) & (abs(away[1]) <= reach[1])
-        for plane, character in zip(classes[len(values) :], thing.print, strict=False):
+        if thing.print:
+            half = 0.35 * letter * len(thing.print), 0.35 * letter
+            reach = [max(h, 0.75 * p) for h, p in zip(half, patch, strict=True)]
+            inside = (abs(away[0]) <= reach[0]) & (abs(away[1]) <= reach[1])
+        for plane, character in zip(classes[WRITTEN], thing.label or thing.print, strict=False):
             plane[inside] = 1 + CHARACTERS.index(character)
-    if letter * PATCH / max(patch) < READ_FROM:
-        classes[4:] = IGNORE
+    if letter * PATCH / max(patch) < READ_FROM and any(thing.print for thing in scene.things):
+        classes[WRITTEN] = IGNORE
     return rearrange(classes, "c y x -> c (y x)")
 
 
-PATCH_CLASSES = tuple(
-    1 + len(values) for values in (SHAPES, COLOURS, RADII, LABELS, *[CHARACTERS] * 3)
-)
+PATCH_CLASSES = tuple(1 + len(values) for values in (SHAPES, COLOURS, RADII, *[CHARACTERS] * 3))
+WRITTEN = slice(3, None)
+"""The classes that are characters."""
 
 
 def frame_moments(offset: float) -> list[float]:
