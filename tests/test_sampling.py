@@ -216,6 +216,16 @@ def test_frequencies_follow_the_softmax(temp):
     assert chi_square < 25  # four degrees of freedom: passed by 99.995 % of all seeds, and by 11
 
 
+@pytest.mark.parametrize("v", [2, 17, 40_000])
+def test_what_is_drawn_is_what_multinomial_draws(v):
+    sampler, dice = Sampler(GenParams.greedy(temp=1.0, seed=3)), torch.Generator().manual_seed(3)
+    for _ in range(20):
+        scores = 3 * torch.randn(1, v, generator=torch.Generator().manual_seed(v))
+        scores[:, : v // 2] = -INF
+        expected = torch.multinomial(scores.softmax(dim=-1), 1, generator=dice)
+        assert torch.equal(sampler.draw(scores), expected)
+
+
 def test_cut_ids_are_never_drawn():
     assert set(draws(GenParams.greedy(temp=5.0, top_k=3, seed=0), SPREAD, 200)) == {47, 48, 49}
 

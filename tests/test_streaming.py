@@ -380,7 +380,8 @@ def test_bad_stream_interval(bad):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("step", [0, 2])
-def test_bad_logits_name_their_step(value, step):
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_bad_logits_name_their_step(value, step, temp):
     turn, fed = script([90] * 9), []
 
     def broken(token=None):
@@ -390,7 +391,7 @@ def test_bad_logits_name_their_step(value, step):
         return logits
 
     bad = Turn(broken, broken, [], 3, 100, torch.device("cpu"))
-    stream = decode(bad, golden_tokenizer(), GREEDY, stop_ids=[])
+    stream = decode(bad, golden_tokenizer(), GenParams(temp=temp, seed=0), stop_ids=[])
     for _ in range(step):
         next(stream)
     with pytest.raises(NonFiniteLogitsError, match=rf"step {step}: 3 of 371 .*float32"):

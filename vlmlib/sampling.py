@@ -187,7 +187,9 @@ class Sampler:
         """(b, v) scores -> (b, 1) ids."""
         if self.greedy:
             return scores.argmax(dim=-1, keepdim=True)
-        return torch.multinomial(self.probabilities(scores), 1, generator=self.generator)
+        # What torch.multinomial does, without its checks: they would wait for a GPU at every token.
+        race = torch.empty_like(scores).exponential_(generator=self.generator)
+        return (self.probabilities(scores) / race).argmax(dim=-1, keepdim=True)
 
 
 def check_finite(logits: Tensor, step: int) -> None:
