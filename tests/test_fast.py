@@ -280,9 +280,24 @@ def test_recorded_steps_of_two_caches_do_not_mix(recorded):
             for cache in (*copies, *caches):
                 cache.keep(8)
     assert len(recorded) == 2 == len(decoder.graphs)
-    del caches, cache
-    gc.collect()
-    assert not decoder.graphs
+    assert [len(cache) for cache in (*copies, *caches)] == [17] * 4
+
+
+@torch.inference_mode()
+def test_a_graph_is_recorded_once_for_all_caches_of_a_size(recorded):
+    net = language_model("qwen2", 2)
+    decoder = FastDecoder(net)
+    decoder.records_graphs = True
+    whole = copy.deepcopy(net)
+    for n, graphs in [(9, 1), (30, 1), (250, 2), (200, 2), (300, 2)]:
+        cache, ids = prefilled(net, n)
+        tokens = torch.arange(10)[None]
+        ours = torch.cat([decoder(tokens[:, i : i + 1], cache) for i in range(10)])
+        theirs = whole(torch.cat([ids, tokens], dim=1)).logits[0, n:]
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+        assert len(recorded) == len(decoder.graphs) == graphs
+        del cache
+        gc.collect()
 
 
 @torch.inference_mode()
@@ -294,7 +309,8 @@ def test_steps_and_draws_never_wait_for_the_device(monkeypatch):
     decoder.records_graphs = True
     net(torch.zeros(1, 253, dtype=torch.long, device="meta"), past_key_values=cache.past)
     cache.content = [0] * 253
-    sampler = Sampler(GenParams(seed=0))
+    sampler = Sampler(GenParams())
+    sampler.generator = None  # "meta" has none
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     seen = token
     for _ in range(6):

@@ -20,7 +20,8 @@ class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, in a buffer that doubles when it is full: a new position is
     written into its place, where a DynamicLayer copies all positions. No gradients flow through it.
 
-    buffer        (2, b, k, room, e): keys and values; what was never written is zero
+    buffer        (2, b, k, room, e): keys and values; what was never written is zero. The room is a
+                  power of two, so that few sizes occur.
     keys, values  (b, k, n, e): views of it, up to the last position
     """
 
@@ -57,7 +58,7 @@ class GrowingLayer(DynamicLayer):
             return
         b, k, _, e = like.shape
         with torch.inference_mode(False):  # so that it can be written in and out of that mode
-            new = like.new_zeros(2, b, k, max(self.SMALLEST, 2 * room, n), e)
+            new = like.new_zeros(2, b, k, max(self.SMALLEST, 1 << (n - 1).bit_length()), e)
         if room:
             new[:, :, :, :room] = self.buffer
         self.buffer = new

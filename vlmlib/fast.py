@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaModel, PreTrainedModel, Qwen2Model
+from transformers import Cache, LlamaModel, PreTrainedModel, Qwen2Model
 
-from .cache import GrowingLayer, KVCache
+from .cache import KVCache
 from .int4 import Int4Linear, joined
 
 DECODERS = (LlamaModel, Qwen2Model)
@@ -66,7 +66,7 @@ class FastDecoder:
         self.turns = (heads < self.heads + self.kv_heads)[:, None]  # values do not
         self.addresses = _addresses(net)
         self.records_graphs = self.embeddings.is_cuda
-        self.graphs: WeakKeyDictionary[KVCache, StepGraph] = WeakKeyDictionary()
+        self.graphs: list[StepGraph] = []
 
     @staticmethod
     def supports(net: PreTrainedModel) -> bool:
@@ -142,14 +142,21 @@ class FastDecoder:
         return self.cos, self.sin
 
     def _graph(self, cache: KVCache) -> StepGraph:
-        """For a cache with room for one more position."""
-        layers = cache.past.layers
-        for layer in layers:
+        """For a cache with room for one more position: its own; one that no cache uses any more,
+        since recording takes as long as many steps; or a new one.
+        """
+        past = cache.past
+        for layer in past.layers:
             layer.make_room(len(cache) + 1, layer.keys)
-        graph = self.graphs.get(cache)
-        if graph is None or not graph.is_current(layers):
-            graph = self.graphs[cache] = StepGraph(self, layers)
-        return graph
+        for graph in self.graphs:
+            if graph.is_of(past):
+                return graph
+        for graph in self.graphs:
+            if graph.fits(past):
+                graph.move_in(past)
+                return graph
+        self.graphs.append(StepGraph(self, past))
+        return self.graphs[-1]
 
 
 class StepGraph:
@@ -160,8 +167,9 @@ class StepGraph:
     what lies behind the position masked.
     """
 
-    def __init__(self, decoder: FastDecoder, layers: Sequence[GrowingLayer]) -> None:
-        self.decoder, self.buffers = decoder, [layer.buffer for layer in layers]
+    def __init__(self, decoder: FastDecoder, past: Cache) -> None:
+        self.decoder, self.user = decoder, ref(past)
+        self.buffers = [layer.buffer for layer in past.layers]
         room, device = self.buffers[0].shape[3], self.buffers[0].device
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)
@@ -169,11 +177,24 @@ class StepGraph:
         self.rotations = decoder.rotations(room)  # held here: the decoder may make longer ones
         self.replay: Callable[[], Tensor] | None = None
 
-    def is_current(self, layers: Sequence[GrowingLayer]) -> bool:
-        """Whether the layers still have the memory that the graph works on."""
+    def is_of(self, past: Cache) -> bool:
+        """Whether the cache still lies in the memory that the graph works on."""
         return all(
-            layer.buffer is buffer for layer, buffer in zip(layers, self.buffers, strict=True)
+            layer.buffer is own for layer, own in zip(past.layers, self.buffers, strict=True)
         )
+
+    def fits(self, past: Cache) -> bool:
+        """Whether the memory is free, or was outgrown by this cache, and is of the right size."""
+        same_size = past.layers[0].buffer.shape == self.buffers[0].shape
+        return same_size and self.user() in (None, past)
+
+    def move_in(self, past: Cache) -> None:
+        """From now on the cache lies in this memory."""
+        self.user = ref(past)
+        for layer, own in zip(past.layers, self.buffers, strict=True):
+            n = layer.get_seq_length()
+            layer.buffer = own.copy_(layer.buffer)
+            layer.hold(n)
 
     def __call__(self, token: Tensor, n: int) -> Tensor:
         """(1, 1) id for position n -> (1, v) logits"""
