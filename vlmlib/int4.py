@@ -14,9 +14,8 @@ pytorch:aten/src/ATen/native/cpu/int4mm_kernel.cpp, AutoAWQ:awq/modules/linear/g
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -295,6 +294,25 @@ def adopt_awq(config: PreTrainedConfig) -> None:
             part.quantization_config = Int4Config.of_awq(found).to_dict()
 
 
+def expect_int4(net: PreTrainedModel, config: Int4Config) -> None:
+    """Give the decoder the layers that a checkpoint holds; until it is read, they are on "meta"."""
+    decoder, make = net.get_decoder(), LAYOUTS[config.layout]
+    prefix = next(name for name, module in net.named_modules() if module is decoder)
+    for name, linear in linears_of(decoder.layers).items():
+        full = f"{prefix}.layers.{name}".lstrip(".")
+        if should_convert_module(full, config.modules_to_not_convert):
+            sizes = (linear.in_features, linear.out_features, config.group_size)
+            decoder.layers.set_submodule(name, make(*sizes, linear.bias is not None, "meta"))
+
+
+def unpack_net(net: PreTrainedModel, config: Int4Config) -> None:
+    """After reading: every four-bit layer as an `Int4Linear`, and a configuration that says so."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, AwqLinear):
+            net.set_submodule(name, module.unpacked())
+    net.config.quantization_config = replace(config, layout="plain")
+
+
 @register_quantizer(METHOD)
 class Int4Quantizer(HfQuantizer):
     """How transformers' `from_pretrained` reads four-bit weights. Raises QuantizationError."""
@@ -309,25 +327,13 @@ class Int4Quantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
-        config, decoder = self.quantization_config, model.get_decoder()
-        make = LAYOUTS[config.layout]
-        prefix = next(name for name, module in model.named_modules() if module is decoder)
-        for name, linear in linears_of(decoder.layers).items():
-            full = f"{prefix}.layers.{name}".lstrip(".")
-            if should_convert_module(full, config.modules_to_not_convert):
-                sizes = (linear.in_features, linear.out_features, config.group_size)
-                decoder.layers.set_submodule(name, make(*sizes, linear.bias is not None, "meta"))
+        expect_int4(model, self.quantization_config)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         self._check_and_cast(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AwqLinear):
-                model.set_submodule(name, module.unpacked())
-        config = copy.copy(self.quantization_config)
-        config.layout = "plain"
         self.remove_quantization_config(model)  # it would forbid to cast the model
-        model.config.quantization_config = config
+        unpack_net(model, self.quantization_config)
 
     def _check_and_cast(self, model: PreTrainedModel) -> None:
         """What transformers 5.20 and those before it leave out where weights come quantised."""
