@@ -2,6 +2,7 @@
 
     python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava --scenes 1000
     python -m vlmlib.tiny.evaluate data/checkpoints/tiny-* --save data/evaluation
+    python -m vlmlib.tiny.evaluate data/checkpoints/tiny-llava --scenes 100 --formats
 
 The saved fp16 weights are loaded in fp32 by `vlmlib.load` and asked one question of every kind
 about every picture or clip, greedily. An answer counts if it is the right one letter by letter.
@@ -276,10 +277,7 @@ def weight_formats(
     checkpoint: str | Path, group_size: int = 32, prompts: int = 16
 ) -> Iterator[tuple[str, VisionLanguageModel]]:
     """A checkpoint in 32, 16 and 4 bits a weight of its language model, one after the other, on the
-    CPU; the last one searched for on some questions about training scenes. What each is worth:
-
-        seeds, formats = VALIDATION[:100], weight_formats("tiny-llava")
-        print(table({name: measure(model, ["scene"], seeds) for name, model in formats}))
+    CPU; the last one searched for on some questions about training scenes.
     """
     yield "float32", load(checkpoint, device="cpu", dtype=torch.float32)
     model = load(checkpoint, device="cpu", dtype=torch.bfloat16)
@@ -563,7 +561,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"only the seeds below {len(HELD_OUT)} are held out")
     everything = {}
     for folder in options.checkpoint:
-        everything[folder.name] = _measure_and_write_card(folder, options)
+        if options.formats:
+            formats = _measure_formats(folder, options)
+            print(f"{table(formats)}\n")
+            everything |= formats
+        else:
+            everything[folder.name] = _measure_and_write_card(folder, options)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         text = json.dumps(everything, indent=1) + "\n"
@@ -574,8 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
     model = load(folder, device="cpu", dtype=torch.float32)
-    learnt = list(MIXES[model.family])
-    contents = options.content or learnt + ["mp4"] * ("clip" in learnt)
+    contents = _contents(model, options)
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -584,8 +586,7 @@ def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
         if done % 20 == 0 or done == total:
             print(f"\r{words}", end="", flush=True)
 
-    seeds = range(options.seed, options.seed + options.scenes)
-    numbers = measure(model, contents, seeds, options.pixels, progress)
+    numbers = measure(model, contents, _seeds(options), options.pixels, progress)
     print(f"\n\n{table({folder.name: numbers})}\n")
     command = (
         f"python -m vlmlib.tiny.evaluate {folder.as_posix()} "
@@ -594,6 +595,24 @@ def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
     card = model_card(folder, model, numbers, command, options.pixels)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return numbers
+
+
+def _measure_formats(folder: Path, options: argparse.Namespace) -> dict[str, dict]:
+    return {
+        f"{folder.name}, {name}": measure(
+            model, _contents(model, options), _seeds(options), options.pixels
+        )
+        for name, model in weight_formats(folder)
+    }
+
+
+def _contents(model: VisionLanguageModel, options: argparse.Namespace) -> list[str]:
+    learnt = list(MIXES[model.family])
+    return options.content or learnt + ["mp4"] * ("clip" in learnt)
+
+
+def _seeds(options: argparse.Namespace) -> range:
+    return range(options.seed, options.seed + options.scenes)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -606,6 +625,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=112, help="side of plain scenes and clips")
     parser.add_argument(
         "--content", choices=tuple(TITLES), action="append", help="default: what it learnt from"
+    )
+    parser.add_argument(
+        "--formats", action="store_true", help="compare 32, 16 and 4 bits a weight; no card"
     )
     parser.add_argument("--save", type=Path, help="folder for evaluation.json and evaluation.md")
     return parser.parse_args(arguments)
