@@ -94,7 +94,7 @@ class Share:
 
 SCENES_AND_CLIPS = {
     "scene": Share(0.25, WEIGHTS, "caption"),
-    "print": Share(0.5, WEIGHTS | {"read_print": 24.0, "find_print": 14.0}, "caption", 0.7),
+    "print": Share(0.5, WEIGHTS | {"read_print": 20.0, "find_print": 20.0}, "caption", 0.7),
     "clip": Share(0.25, CLIP_WEIGHTS, "happens"),
 }
 MIXES = {
