@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import vlmlib
-from vlmlib import CheckpointError, GenParams, NonFiniteLogitsError
+from vlmlib import CheckpointError, ContextLengthError, GenParams, NonFiniteLogitsError
 from vlmlib.cache import KVCache
 from vlmlib.decoding import decode
 from vlmlib.fast import FastDecoder
@@ -408,6 +408,19 @@ def test_conversations_are_the_same_with_and_without(family, params):
             plain = conversation(model, params.but(**changes), chunk_prefilling=chunk_prefilling)
             assert fast == plain
     assert len(set(ids)) > 5 or params.is_greedy
+
+
+@in_all_families
+def test_answers_that_fill_the_context_are_the_same_with_and_without(family):
+    model, said = FAMILIES[family](), []
+    for model.fast in (True, False):
+        chat = vlmlib.Chat(model)
+        said.append(without_times(chat.ask(PROMPTS[0], GREEDY.but(n_predict=10_000), trace=0)))
+        assert said[-1][-1]["finish_reason"] == "length"
+        assert said[-1][-1]["usage"]["total_tokens"] == model.context_len
+        with pytest.raises(ContextLengthError):
+            chat.ask("And now?", GREEDY)
+    assert said[0] == said[1]
 
 
 @in_all_families
