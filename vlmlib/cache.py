@@ -43,12 +43,12 @@ class GrowingLayer(DynamicLayer):
         """`update` by one position of one sequence: (2 k, e), the keys and then the values."""
         n = self.keys.shape[-2]
         self.make_room(n + 1, self.keys)
-        self.buffer[:, 0, :, n] = rows.view(2, -1, rows.shape[-1])
+        self.buffer.select(3, n).copy_(rows.view(2, 1, -1, rows.shape[-1]))
         return self.hold(n + 1)
 
     def hold(self, n: int) -> tuple[Tensor, Tensor]:
         """From now on there are n positions -> their keys and values."""
-        self.keys, self.values = self.buffer[:, :, :, :n].unbind(0)
+        self.keys, self.values = self.buffer.narrow(3, 0, n).unbind(0)
         return self.keys, self.values
 
     def make_room(self, n: int, like: Tensor) -> None:

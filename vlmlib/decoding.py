@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -162,7 +163,7 @@ class _Drawn:
         """Wait until it is here. Raises NonFiniteLogitsError."""
         if self._arrival:
             self._arrival.synchronize()
-        if not self._highest < torch.inf:  # nor is NaN
+        if not float(self._highest) < inf:  # nor is NaN
             check_finite(self.logits, step)
         return int(self._id)
 

@@ -34,7 +34,9 @@ Append = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one decoder layer, each (out, in); an Int4Linear has its bias in it."""
+    """The weights of one decoder layer, (out, in) or, of `o` and `down`, (in, out); an Int4Linear
+    has its bias in it.
+    """
 
     norm: Tensor
     qkv: Tensor | Int4Linear
@@ -60,10 +62,15 @@ class FastDecoder:
         self.layers = [_fused(layer) for layer in decoder.layers]
         self.norm, self.head = decoder.norm.weight, net.lm_head.weight
         self.embeddings = decoder.embed_tokens.weight
+        self.mean_square = None
+        if self.embeddings.is_cpu and self.embeddings.dtype == torch.float32:
+            eps, d = torch.full((1, 1), self.eps), self.embeddings.shape[1]
+            self.mean_square = partial(torch.addmm, eps, alpha=1 / d)
         self.rotary = decoder.rotary_emb
-        self.cos = self.sin = self.embeddings.new_empty(0, self.head_dim)
+        self.table = self.embeddings.new_empty(0, 2, 1, self.head_dim)
         heads = torch.arange(self.heads + 2 * self.kv_heads, device=self.embeddings.device)
         self.turns = (heads < self.heads + self.kv_heads)[:, None]  # values do not
+        self.still = self.embeddings.new_tensor([1, 0])[:, None, None]
         self.addresses = _addresses(net)
         self.records_graphs = self.embeddings.is_cuda
         self.graphs: list[StepGraph] = []
@@ -95,51 +102,57 @@ class FastDecoder:
             for layer in layers:
                 layer.hold(n + 1)
         else:
-            cos, sin = self.rotations(n + 1)
-            logits = self.logits(token, cos[n], sin[n], [layer.append for layer in layers])
+            rotation = self.rotations(n + 1)[n]
+            logits = self.logits(token, rotation, [layer.append for layer in layers])
         cache.add(token)
         return logits
 
     def logits(
         self,
         token: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: Tensor,
         appends: Sequence[Append],
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(1, 1) id, (e,) cosines and sines of its position -> (1, v)
+        """(1, 1) id -> (1, v)
 
-        appends  for each layer, see Append
-        mask     (1, n), added to the scores of the positions that `appends` return
+        rotation  (2, 1, e) of its position, see `rotations`
+        appends   for each layer, see Append
+        mask      (1, n), added to the scores of the positions that `appends` return
         """
-        cos, sin = torch.where(self.turns, cos, 1), torch.where(self.turns, sin, 0)  # (h + 2k, e)
+        cos, sin = torch.where(self.turns, rotation, self.still).unbind(0)  # (h + 2k, e)
         x = F.embedding(token[0], self.embeddings)  # (1, d)
-        width = x.shape[1:]
         for layer, append in zip(self.layers, appends, strict=True):
-            y = F.rms_norm(x, width, layer.norm, self.eps)
+            y = self.normed(x, layer.norm)
             qkv = _product(y, layer.qkv, layer.qkv_bias).view(-1, self.head_dim)  # (h + 2k, e)
             qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
-            keys, values = append(qkv[self.heads :])
+            q, kv = qkv.split((self.heads, 2 * self.kv_heads))
+            keys, values = append(kv)
             # Queries that share their keys stand in a row, as if they were positions.
-            q = qkv[: self.heads].view(1, self.kv_heads, -1, self.head_dim)
+            q = q.view(1, self.kv_heads, -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, keys, values, mask)
             x = _added(x, y.reshape(1, -1), layer.o)
-            y = F.rms_norm(x, width, layer.mlp_norm, self.eps)
+            y = self.normed(x, layer.mlp_norm)
             gate, up = _product(y, layer.gate_up).chunk(2, dim=-1)
             x = _added(x, F.silu(gate).mul_(up), layer.down)
-        return F.linear(F.rms_norm(x, width, self.norm, self.eps), self.head)
+        return F.linear(self.normed(x, self.norm), self.head)
 
-    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """(n, e) cosines and sines for so many positions or more. The sines of the first half of e
-        are negative: what is turned is x cos + roll(x, e / 2) sin.
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """F.rms_norm of (1, d). A CPU has no kernel for it: in float32 fewer operations do."""
+        if self.mean_square is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return x * self.mean_square(x, x.T).rsqrt() * weight
+
+    def rotations(self, length: int) -> Tensor:
+        """(n, 2, 1, e) cosines and sines of so many positions or more. The sines of the first half
+        of e are negative: what is turned is x cos + roll(x, e / 2) sin.
         """
-        if length > len(self.cos):
+        if length > len(self.table):
             positions = torch.arange(max(256, 2 * length), device=self.embeddings.device)
             cos, sin = self.rotary(self.embeddings, positions[None])  # (1, n, e)
-            half = self.head_dim // 2
-            self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
-        return self.cos, self.sin
+            sin[..., : self.head_dim // 2] *= -1
+            self.table = torch.stack([cos[0], sin[0]], dim=1)[:, :, None]
+        return self.table
 
     def _graph(self, cache: KVCache) -> StepGraph:
         """For a cache with room for one more position: its own; one that no cache uses any more,
@@ -207,11 +220,11 @@ class StepGraph:
         return self.replay().clone()  # the next step writes over it
 
     def run(self) -> Tensor:
-        cos, sin = (table.index_select(0, self.at)[0] for table in self.rotations)
+        rotation = self.rotations.index_select(0, self.at)[0]
         appends = [partial(_write, buffer, self.at) for buffer in self.buffers]
-        mask = torch.zeros_like(self.positions, dtype=cos.dtype)
+        mask = torch.zeros_like(self.positions, dtype=rotation.dtype)
         mask = mask.masked_fill(self.positions > self.at, -torch.inf)[None]
-        return self.decoder.logits(self.token, cos, sin, appends, mask)
+        return self.decoder.logits(self.token, rotation, appends, mask)
 
 
 def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -239,7 +252,7 @@ def _product(x: Tensor, weight: Tensor | Int4Linear, bias: Tensor | None = None)
 
 def _added(x: Tensor, y: Tensor, weight: Tensor | Int4Linear) -> Tensor:
     """x plus the product of y."""
-    return torch.addmm(x, y, weight.T) if isinstance(weight, Tensor) else x + weight(y)
+    return torch.addmm(x, y, weight) if isinstance(weight, Tensor) else x + weight(y)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -258,15 +271,15 @@ def _fused(layer: nn.Module) -> Layer:
         norm=layer.input_layernorm.weight,
         qkv=qkv,
         qkv_bias=qkv_bias,
-        o=_weight(attention.o_proj),
+        o=_transposed(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
         gate_up=gate_up,
-        down=_weight(mlp.down_proj),
+        down=_transposed(mlp.down_proj),
     )
 
 
-def _weight(layer: nn.Linear | Int4Linear) -> Tensor | Int4Linear:
-    return layer if isinstance(layer, Int4Linear) else layer.weight
+def _transposed(layer: nn.Linear | Int4Linear) -> Tensor | Int4Linear:
+    return layer if isinstance(layer, Int4Linear) else layer.weight.T
 
 
 def _addresses(net: PreTrainedModel) -> list[int]:
