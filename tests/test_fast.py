@@ -264,10 +264,10 @@ def test_recorded_steps_give_the_logits_of_the_whole_sequence(kv_heads, four_bit
 
 
 @torch.inference_mode()
-def test_recorded_steps_of_two_caches_do_not_mix(recorded):
+def test_recorded_steps_of_several_caches_do_not_mix(recorded):
     net = language_model()
     decoder = FastDecoder(net)
-    caches = [prefilled(net, n)[0] for n in (9, 270)]
+    caches = [prefilled(net, n)[0] for n in (9, 20, 270)]
     copies = copy.deepcopy(caches)
     for step in range(20):
         token = torch.tensor([[step]])
@@ -279,8 +279,8 @@ def test_recorded_steps_of_two_caches_do_not_mix(recorded):
         if step == 10:
             for cache in (*copies, *caches):
                 cache.keep(8)
-    assert len(recorded) == 2 == len(decoder.graphs)
-    assert [len(cache) for cache in (*copies, *caches)] == [17] * 4
+    assert len(recorded) == len(decoder.graphs) == 3
+    assert [len(cache) for cache in (*copies, *caches)] == [17] * 6
 
 
 @torch.inference_mode()
