@@ -197,17 +197,19 @@ class VisionLanguageModel(ABC):
         start_pos: int = 0,
         chunk_prefilling: bool = False,
         cache: KVCache | None = None,
+        answer: Sequence[int] = (),
         echo: bool = False,
         **options,
     ) -> Iterator[Chunk]:
         """Stream the answer to a whole prompt: what every family's generator comes down to.
 
         With `chunk_prefilling` only what the first `start_pos` positions of `cache` do not hold is
-        fed, without it everything. `options` are those of `answer_turn`.
+        fed, without it everything. The stream goes on behind `answer`, and tells what is new only.
+        `options` are those of `answer_turn`.
         """
         check_start(start_pos)
         keep = start_pos if chunk_prefilling else 0
-        turn = self.turn(prompt, media, start_pos=keep, cache=cache)
+        turn = self.turn(prompt, media, start_pos=keep, cache=cache, answer=answer)
         options["prefix"] = prompt if echo else ""
         options["stop_token_ids"] = [*self.stop_token_ids, *options.get("stop_token_ids", ())]
         return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
@@ -219,13 +221,16 @@ class VisionLanguageModel(ABC):
         *,
         start_pos: int = 0,
         cache: KVCache | None = None,
+        answer: Sequence[int] = (),
     ) -> Turn:
         """Tokenise the whole prompt; feed only what `cache` does not hold of its first `start_pos`.
 
-        `media` are Medium objects or pixel values, see `as_media`. Raises PlaceholderError when
-        placeholders and media differ in number, CacheError when `start_pos` is ahead of the cache.
+        `media` are Medium objects or pixel values, see `as_media`. `answer` are ids with which the
+        answer begins; they count as prompt. Raises PlaceholderError when placeholders and media
+        differ in number, CacheError when `start_pos` is ahead of the cache.
         """
         ids, media = self.read(prompt, media)
+        ids = [*ids, *answer]
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
         lengths = [m.length for m in media]
         # Only a cache that outlives this turn needs to tell one picture from another.

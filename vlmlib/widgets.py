@@ -1,5 +1,6 @@
 """Panels for JupyterLab: drive a stream or a chat with buttons and sliders, and stop it any time;
-or try sizes of pictures and ways of sampling, and see at once what they change.
+try sizes of pictures and ways of sampling, and see at once what they change; or look at each token
+of an answer, and send the answer another way.
 
 A stream runs in one thread of its own, because a callback that loops would keep the kernel from
 hearing the Stop button. The thread looks at an event between tokens, writes text at most fifteen
@@ -11,7 +12,9 @@ from __future__ import annotations
 import contextvars
 import html
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import log2, prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,12 +27,25 @@ from transformers import PretrainedConfig
 
 from .budget import image_tokens
 from .chat import Chat, Message
-from .decoding import Chunk
+from .decoding import Chunk, TokenTrace
 from .errors import ImageError, ShapeError
-from .figures import Shown, context_bars, distribution, latency, reuse, show, tiling
+from .figures import (
+    Shown,
+    axes,
+    context_bars,
+    distribution,
+    heat,
+    latency,
+    reuse,
+    show,
+    sureness,
+    tiling,
+    visible,
+)
 from .images import ImageSource, load_image
 from .internvl import NUM_IMAGE_TOKEN
 from .loading import load
+from .microscope import attention, heat_map, picture_weights
 from .model import VisionLanguageModel
 from .nvila_checkpoint import NVILAConfig
 from .sampling import GenParams, Sampler, check_finite
@@ -410,6 +426,176 @@ class SamplingPanel(w.VBox):
         self.status.value = f'<span role="status">{possible}</span>'
         picture = show(distribution(labels, *columns), caption=possible, alt=words, width=640)
         self.plot.value = picture.img
+
+
+class MicroscopePanel(w.VBox):
+    """Ask about a picture, look at any token of the answer, and send the answer another way.
+
+    Every token is a button, pale where the model was sure. The chosen one shows where the model
+    looked, and what it considered: buttons too, that take its place and let the model go on.
+
+    pictures    names with files or Pillow pictures; a list of files is named after them
+    questions   offered in the question field; any other can be typed
+    best        how many tokens are offered at each position
+    max_tokens  the most that the model writes in one go
+
+    `tokens` are the answer's TokenTraces, `chosen` is the position that is looked at, `answers` the
+    probability of every answer so far.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        pictures: Mapping[str, Path | Image.Image] | Sequence[Path],
+        questions: Sequence[str],
+        *,
+        best: int = 5,
+        max_tokens: int = 64,
+    ):
+        if not isinstance(pictures, Mapping):
+            pictures = {Path(p).stem: p for p in pictures}
+        self._model, self._best, self._max_tokens = model, best, max_tokens
+        self._pictures = {name: load_image(p) for name, p in pictures.items()}
+        self.tokens: list[TokenTrace] = []
+        self.chosen = 0
+        self.answers: dict[str, float] = {}
+        self._build_controls(questions)
+        self.ask.click()
+        wrap = w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 1rem")
+        asked = w.VBox([self.picture, self.examples, self.question, self.ask])
+        considered = w.VBox([self.layer, w.HTML("considered here:"), *self.alternatives])
+        below = w.HBox([self.figure, considered], layout=wrap)
+        super().__init__([asked, self.strip, self.status, below, self.said])
+
+    def _build_controls(self, questions: Sequence[str]) -> None:
+        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        narrow = {"style": LABELS, "layout": w.Layout(width="14rem")}
+        self.picture = w.Dropdown(options=list(self._pictures), description="picture", **wide)
+        self.examples = w.Dropdown(options=list(questions), description="examples", **wide)
+        self.question = w.Text(questions[0], description="question", **wide)
+        self.examples.observe(lambda change: self._take(change["new"]), "value")
+        self.ask = w.Button(description="Ask", button_style="primary", icon="question")
+        self.ask.on_click(self._guarded(self._ask))
+        n = self._model.text_config.num_hidden_layers
+        layers = [(f"layer {i + 1} of {n}", i) for i in range(n)]
+        self.layer = w.Dropdown(options=layers, value=n - 1, description="attention of", **narrow)
+        self.layer.observe(self._guarded(self._show), "value")
+        self.alternatives = [w.Button(layout=narrow["layout"]) for _ in range(self._best)]
+        for k, button in enumerate(self.alternatives):
+            button.on_click(self._guarded(self._branch, k))
+        self._buttons: list[w.Button] = []  # never replaced: who is on one with Tab stays there
+        self.strip = w.HBox(layout=w.Layout(flex_flow="row wrap"))
+        self.status, self.figure, self.said = w.HTML(), w.HTML(), w.HTML()
+
+    def _guarded(self, act: Callable, *arguments) -> Callable:
+        """For callbacks, whose exceptions reach nobody: shown here."""
+
+        def run(_) -> None:
+            try:
+                act(*arguments)
+            except Exception as e:
+                self.status.value = _status_html(f"{type(e).__name__}: {e}", error=True)
+
+        return run
+
+    def _take(self, question: str) -> None:
+        self.question.value = question
+
+    # ---- answers ----
+
+    def _ask(self) -> None:
+        self._image = self._pictures[self.picture.value]
+        self._prompt = self._model.chat_prompt([self._image, self.question.value])
+        self._media = self._model.prepare([self._image])
+        self._cache, self.answers = self._model.new_cache(), {}
+        self._go_on([], 0)
+
+    def _branch(self, k: int) -> None:
+        """Put the k-th alternative in the place of the chosen token, and let the model go on."""
+        token = self.tokens[self.chosen]
+        id, text, p = token.alternatives[k]
+        begun = [*self.tokens[: self.chosen], replace(token, id=id, text=text, probability=p)]
+        self._go_on(begun, self.chosen)
+
+    def _go_on(self, begun: list[TokenTrace], chosen: int) -> None:
+        new: list[TokenTrace] = []
+        if not begun or begun[-1].id not in self._model.stop_token_ids:
+            chunks = self._model.stream_prompt(
+                self._prompt,
+                self._media,
+                GenParams.greedy(n_predict=self._max_tokens),
+                answer=[token.id for token in begun],
+                cache=self._cache,
+                start_pos=len(self._cache),
+                chunk_prefilling=True,
+                trace=self._best,
+            )
+            new = [token for chunk in chunks for token in chunk["tokens"]]
+        self.tokens = begun + new
+        text = self._model.tokenizer.decode([t.id for t in self.tokens], skip_special_tokens=True)
+        self.answers[text.strip()] = prod(token.probability for token in self.tokens)
+        rows = "".join(
+            f"<tr><td>{html.escape(text)}</td><td>{p:.1%}</td></tr>"
+            for text, p in self.answers.items()
+        )
+        head = "<tr><th>answers so far</th><th>probability</th></tr>"
+        self.said.value = f'<table aria-label="answers">{head}{rows}</table>'
+        self._choose(chosen)
+
+    # ---- one token ----
+
+    def _choose(self, i: int) -> None:
+        self.chosen = i
+        before = [token.id for token in self.tokens[:i]]
+        _, media = self._model.read(self._prompt, self._media)
+        weights = attention(self._model, self._prompt, self._media, before).mean(dim=1)
+        seen = picture_weights(self._model, self._prompt, self._media, weights)
+        self._weights = torch.cat(seen, dim=-1)  # (layers, n)
+        self._boxes = torch.cat([self._model.boxes(m) for m in media])
+        self._show()
+
+    def _show(self) -> None:
+        token = self.tokens[self.chosen]
+        self._show_strip()
+        for k, button in enumerate(self.alternatives):
+            button.layout.display = "" if k < len(token.alternatives) else "none"
+            if k < len(token.alternatives):
+                id, text, p = token.alternatives[k]
+                button.description, button.disabled = f"{visible(text)}  {p:.1%}", id == token.id
+                button.style.button_color, button.style.text_color = sureness(p), "black"
+        weights = self._weights[self.layer.value]
+        small = self._image.copy()
+        small.thumbnail((320, 320))
+        figure, ax = axes(3.2, 3.2 * small.height / small.width)
+        heat(ax, small, heat_map(weights, self._boxes, *small.size))
+        known = ~self._boxes.isnan().any(dim=-1)
+        left, top, right, bottom = self._boxes[known][weights[known].argmax()].tolist()
+        alt = (
+            f"the picture, orange where layer {self.layer.value + 1} looked for this token: mostly "
+            f"at {(left + right) / 2:.0%} from the left and {(top + bottom) / 2:.0%} from the top"
+        )
+        self.figure.value = show(figure, caption=alt, alt=alt).img
+        self.status.value = _status_html(
+            f"token {self.chosen + 1} of {len(self.tokens)}, {visible(token.text)}: probability "
+            f"{token.probability:.1%}, surprise {-log2(max(token.probability, 1e-38)):.2f} bits, "
+            f"entropy {token.entropy:.2f} bits; {weights.sum():.0%} of the layer's attention is on "
+            "the picture"
+        )
+
+    def _show_strip(self) -> None:
+        while len(self._buttons) < len(self.tokens):
+            button = w.Button(layout=w.Layout(width="auto", margin="1px"))
+            button.on_click(self._guarded(self._choose, len(self._buttons)))
+            self._buttons.append(button)
+        for i, (button, token) in enumerate(zip(self._buttons, self.tokens, strict=False)):
+            button.description = visible(token.text)
+            button.tooltip = f"token {i + 1}: {token.probability:.1%}"
+            button.style.button_color = sureness(token.probability)
+            button.style.text_color, button.style.font_family = "black", "monospace"
+            button.style.text_decoration = "underline" if token.probability < 0.9 else None
+            ink = "var(--jp-ui-font-color1, black)" if i == self.chosen else "transparent"
+            button.layout.border = f"2px solid {ink}"
+        self.strip.children = self._buttons[: len(self.tokens)]
 
 
 class SizePanel(w.VBox):
