@@ -12,6 +12,7 @@ from helpers import noise
 from test_internvl import tiny_internvl
 
 import vlmlib
+from vlmlib.course import visible
 from vlmlib.microscope import attention
 from vlmlib.widgets import MicroscopePanel
 
@@ -35,8 +36,8 @@ def text_of(panel) -> str:
 
 def greedy_behind(panel, model, begun) -> list[int]:
     """By the whole sequence at every step, no cache."""
-    prompt = model.chat_prompt([panel._image, panel.question.value])
-    media, ids = model.prepare([panel._image]), list(begun)
+    prompt = model.chat_prompt([panel._asked.image, panel.question.value])
+    media, ids = model.prepare([panel._asked.image]), list(begun)
     with torch.inference_mode():
         while not ids or ids[-1] not in model.stop_token_ids:
             ids.append(int(model.turn(prompt, media, answer=ids).prefill().argmax()))
@@ -46,9 +47,7 @@ def greedy_behind(panel, model, begun) -> list[int]:
 def test_it_opens_with_an_answer(panel, model):
     said = vlmlib.answer(model, [vlmlib.load_image(PICTURES[0]), QUESTIONS[0]])
     assert text_of(panel) == said
-    assert [b.description for b in panel.strip.children] == [
-        t.text.replace(" ", "␣") for t in panel.tokens
-    ]
+    assert [b.description for b in panel.strip.children] == [visible(t.text) for t in panel.tokens]
     assert panel.answers == {said: pytest.approx(prod(t.probability for t in panel.tokens))}
     assert said in panel.said.value and "token 1 of 6" in panel.status.value
 
@@ -67,7 +66,7 @@ def test_a_token_shows_what_was_considered(panel):
     token = panel.tokens[2]
     assert panel.chosen == 2 and "token 3 of 6, ␣blue" in panel.status.value
     shown = [b.description.rsplit("  ", 1)[0] for b in panel.alternatives]
-    assert shown == [text.replace(" ", "␣") for _, text, _ in token.alternatives]
+    assert shown == [visible(text) for _, text, _ in token.alternatives]
     assert [b.disabled for b in panel.alternatives] == [True, False, False, False, False]
     borders = [b.layout.border_top for b in panel.strip.children]
     assert [i for i, border in enumerate(borders) if "transparent" not in border] == [2]
@@ -112,8 +111,10 @@ def test_the_layer_changes_the_picture_and_nothing_else(panel, model):
         figures.add(panel.figure.value)
     assert len(figures) == 4 and panel.tokens == tokens
     share = int(re.search(r"(\d+)% of the layer", panel.status.value).group(1))
-    prompt = model.chat_prompt([panel._image, panel.question.value])
-    weights = attention(model, prompt, model.prepare([panel._image]), [t.id for t in tokens[:2]])
+    prompt = model.chat_prompt([panel._asked.image, panel.question.value])
+    weights = attention(
+        model, prompt, model.prepare([panel._asked.image]), [t.id for t in tokens[:2]]
+    )
     assert share == round(100 * weights[3].mean(0)[4:68].sum().item())
     x, y = (int(n) for n in re.findall(r"(\d+)% from", panel.figure.value))
     best = int(weights[3].mean(0)[4:68].argmax())
@@ -127,17 +128,19 @@ def test_a_model_with_tiles():
     assert len(panel.answers) == 2 and "Error" not in panel.status.value
 
 
-def test_an_error_is_shown(panel):
-    panel._media = []
-    panel.alternatives[1].click()
-    assert "PlaceholderError" in panel.status.value
+def test_an_error_is_shown_and_the_answer_stays(panel):
+    tokens, said = list(panel.tokens), panel.said.value
+    panel.question.value = "too long " * 3000
     panel.ask.click()
-    assert "Error" not in panel.status.value
+    assert "ContextLengthError" in panel.status.value
+    assert (panel.tokens, panel.said.value) == (tokens, said)
+    panel.alternatives[1].click()  # of the question before
+    assert len(panel.answers) == 2 and "Error" not in panel.status.value
 
 
 def test_markup_is_escaped(panel):
     panel.question.value = "<b>what</b>"
     panel.ask.click()
     panel.answers["<script>"] = 1.0
-    panel._go_on([], 0)
+    panel._go_on(panel._asked, [], 0)
     assert "<script>" not in panel.said.value and "&lt;script&gt;" in panel.said.value

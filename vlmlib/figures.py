@@ -21,6 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from .course import visible
+
 if TYPE_CHECKING:
     from .decoding import TokenTrace
 
@@ -176,24 +178,17 @@ def sureness(probability: float) -> str:
     return to_hex(strong + probability**2 * (pale - strong))
 
 
-def visible(text: str) -> str:
-    """The text of a token with its spaces and line breaks to be seen."""
-    return text.replace("\n", "⏎").replace(" ", "␣")
-
-
-def choices(
-    tokens: Sequence[TokenTrace], *, least: float = 0.01, best: int = 3, width: float = 7.0
-) -> Figure:
+def choices(tokens: Sequence[TokenTrace], *, least: float = 0.01, width: float = 7.0) -> Figure:
     """An answer, at least one token, as a strip in the colours of `sureness`, in as many lines of
     at most `width` inches as it takes.
 
-    Below a token the model was not sure of stand its probability and, in grey, the `best` others
-    that had at least `least`.
+    Below a token the model was not sure of stand its probability and, in grey, those of its
+    alternatives that had at least `least`.
     """
     character, line, right = 5.5, 10.0, 72 * width - 8  # points, for 9 and 7.5 point letters
     cells, x, y, deepest = [], 0.0, 0.0, 0
     for token in tokens:
-        others = [(t, p) for i, t, p in token.alternatives if i != token.id and p >= least][:best]
+        others = [(t, p) for i, t, p in token.alternatives if i != token.id and p >= least]
         below = [f"{visible(text)} {_short(p)}" for text, p in others]
         own = [_short(token.probability)] if below or token.probability < 1 - least else []
         name = visible(token.text)
@@ -221,14 +216,13 @@ def _short(probability: float) -> str:
     return f"{probability:.2f}".lstrip("0")
 
 
-def heat(ax: Axes, image: Image.Image, weights: Any, strongest: float | None = None) -> None:
+def heat(ax: Axes, image: Image.Image, weights: Any) -> None:
     """Draw a picture in pale grey on `ax`, and over it (height, width) weights of any resolution:
-    the larger, the more orange. `strongest` is what takes full colour, by default the largest.
+    the larger, the more orange.
     """
     weights = np.asarray(weights, dtype=float).clip(min=0)
-    share = weights / (strongest or weights.max() or 1)
     paint = np.full((*weights.shape, 4), [*to_rgb(ORANGE), 0.9])
-    paint[..., 3] *= share.clip(max=1)
+    paint[..., 3] *= weights / (weights.max() or 1)
     grey = 108 + 0.48 * np.asarray(image.convert("L"))[..., None].repeat(3, axis=-1)
     extent = (0, image.width, image.height, 0)
     ax.imshow(grey.round().astype(np.uint8), extent=extent)  # bytes: floats would become grainy

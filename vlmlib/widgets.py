@@ -13,7 +13,7 @@ import contextvars
 import html
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import log2, prod
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +26,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .budget import image_tokens
+from .cache import KVCache
 from .chat import Chat, Message
+from .course import visible
 from .decoding import Chunk, TokenTrace
 from .errors import ImageError, ShapeError
 from .figures import (
@@ -40,11 +42,11 @@ from .figures import (
     show,
     sureness,
     tiling,
-    visible,
 )
 from .images import ImageSource, load_image
 from .internvl import NUM_IMAGE_TOKEN
 from .loading import load
+from .media import Medium
 from .microscope import attention, heat_map, picture_weights
 from .model import VisionLanguageModel
 from .nvila_checkpoint import NVILAConfig
@@ -56,6 +58,7 @@ TEXT_EVERY = 1 / 15
 PLOT_EVERY = 1 / 2
 UPLOADED = "your own picture"
 LABELS = {"description_width": "initial"}
+Pictures = Mapping[str, Path | Image.Image] | Sequence[Path]
 
 
 def _status_html(message: str, *, error: bool = False) -> str:
@@ -73,6 +76,23 @@ def _sampling(options: Mapping[str, Any]) -> tuple[w.Widget, w.Widget, w.Widget,
     )
 
 
+def _loaded_pictures(pictures: Pictures) -> dict[str, Image.Image]:
+    if not isinstance(pictures, Mapping):
+        pictures = {Path(p).stem: p for p in pictures}
+    return {name: load_image(p) for name, p in pictures.items()}
+
+
+def _asking(
+    pictures: Mapping[str, Image.Image], questions: Sequence[str], options: Mapping[str, Any]
+) -> tuple[w.Dropdown, w.Dropdown, w.Text]:
+    """Fields for a picture, an example of a question, and the question, which takes the example."""
+    question = w.Text(questions[0], description="question", **options)
+    examples = w.Dropdown(options=list(questions), description="examples", **options)
+    examples.observe(lambda change: setattr(question, "value", change["new"]), "value")
+    picture = w.Dropdown(options=list(pictures), description="picture", **options)
+    return picture, examples, question
+
+
 class StreamPanel(w.VBox):
     """Ask a model about a picture: picture, question and sampling on top, the answer below.
 
@@ -88,7 +108,7 @@ class StreamPanel(w.VBox):
     def __init__(
         self,
         models: VisionLanguageModel | Sequence[VisionLanguageModel | str],
-        pictures: Mapping[str, Path | Image.Image] | Sequence[Path],
+        pictures: Pictures,
         questions: Sequence[str],
         *,
         pace: int = 15,
@@ -96,9 +116,7 @@ class StreamPanel(w.VBox):
     ):
         models = [models] if isinstance(models, (str, VisionLanguageModel)) else models
         self._models = {m if isinstance(m, str) else m.name or m.family: m for m in models}
-        if not isinstance(pictures, Mapping):
-            pictures = {Path(p).stem: p for p in pictures}
-        self._pictures = {name: load_image(p) for name, p in pictures.items()}
+        self._pictures = _loaded_pictures(pictures)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._build_controls(questions, pace, max_tokens)
@@ -112,11 +130,8 @@ class StreamPanel(w.VBox):
         wide = w.Layout(width="25rem")
         choice = {"style": LABELS, "layout": wide}
         self.model = w.Dropdown(options=list(self._models), description="model", **choice)
-        self.picture = w.Dropdown(options=list(self._pictures), description="picture", **choice)
+        self.picture, self.examples, self.question = _asking(self._pictures, questions, choice)
         self.upload = w.FileUpload(accept="image/*", description="your own picture", layout=wide)
-        self.examples = w.Dropdown(options=list(questions), description="examples", **choice)
-        self.question = w.Text(questions[0], description="question", **choice)
-        self.examples.observe(self._example_chosen, "value")
         slider = {**choice, "continuous_update": False}
         sliders = self.temp, self.top_p, self.top_k, self.repeat_penalty = _sampling(slider)
         self.max_tokens = w.IntSlider(
@@ -149,9 +164,6 @@ class StreamPanel(w.VBox):
         self.text = w.HTML(layout=w.Layout(min_height="4.5em"))
         self.plot = w.HTML(self._plot_html(0.0, []))
         self._say("")
-
-    def _example_chosen(self, change) -> None:
-        self.question.value = change["new"]
 
     def _picture_changed(self, _=None) -> None:
         image = self._pictures[self.picture.value]
@@ -428,6 +440,16 @@ class SamplingPanel(w.VBox):
         self.plot.value = picture.img
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the answers in a MicroscopePanel have in common."""
+
+    image: Image.Image
+    prompt: str
+    media: list[Medium]
+    cache: KVCache
+
+
 class MicroscopePanel(w.VBox):
     """Ask about a picture, look at any token of the answer, and send the answer another way.
 
@@ -446,21 +468,20 @@ class MicroscopePanel(w.VBox):
     def __init__(
         self,
         model: VisionLanguageModel,
-        pictures: Mapping[str, Path | Image.Image] | Sequence[Path],
+        pictures: Pictures,
         questions: Sequence[str],
         *,
         best: int = 5,
         max_tokens: int = 64,
     ):
-        if not isinstance(pictures, Mapping):
-            pictures = {Path(p).stem: p for p in pictures}
         self._model, self._best, self._max_tokens = model, best, max_tokens
-        self._pictures = {name: load_image(p) for name, p in pictures.items()}
+        self._pictures = _loaded_pictures(pictures)
+        self._asked: _Asked | None = None
         self.tokens: list[TokenTrace] = []
         self.chosen = 0
         self.answers: dict[str, float] = {}
         self._build_controls(questions)
-        self.ask.click()
+        self._ask()
         wrap = w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 1rem")
         asked = w.VBox([self.picture, self.examples, self.question, self.ask])
         considered = w.VBox([self.layer, w.HTML("considered here:"), *self.alternatives])
@@ -470,10 +491,7 @@ class MicroscopePanel(w.VBox):
     def _build_controls(self, questions: Sequence[str]) -> None:
         wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
         narrow = {"style": LABELS, "layout": w.Layout(width="14rem")}
-        self.picture = w.Dropdown(options=list(self._pictures), description="picture", **wide)
-        self.examples = w.Dropdown(options=list(questions), description="examples", **wide)
-        self.question = w.Text(questions[0], description="question", **wide)
-        self.examples.observe(lambda change: self._take(change["new"]), "value")
+        self.picture, self.examples, self.question = _asking(self._pictures, questions, wide)
         self.ask = w.Button(description="Ask", button_style="primary", icon="question")
         self.ask.on_click(self._guarded(self._ask))
         n = self._model.text_config.num_hidden_layers
@@ -498,39 +516,37 @@ class MicroscopePanel(w.VBox):
 
         return run
 
-    def _take(self, question: str) -> None:
-        self.question.value = question
-
     # ---- answers ----
 
     def _ask(self) -> None:
-        self._image = self._pictures[self.picture.value]
-        self._prompt = self._model.chat_prompt([self._image, self.question.value])
-        self._media = self._model.prepare([self._image])
-        self._cache, self.answers = self._model.new_cache(), {}
-        self._go_on([], 0)
+        model, image = self._model, self._pictures[self.picture.value]
+        prompt = model.chat_prompt([image, self.question.value])
+        self._go_on(_Asked(image, prompt, model.prepare([image]), model.new_cache()), [], 0)
 
     def _branch(self, k: int) -> None:
         """Put the k-th alternative in the place of the chosen token, and let the model go on."""
         token = self.tokens[self.chosen]
         id, text, p = token.alternatives[k]
-        begun = [*self.tokens[: self.chosen], replace(token, id=id, text=text, probability=p)]
-        self._go_on(begun, self.chosen)
+        other = replace(token, id=id, text=text, probability=p, drawn_from=p)
+        self._go_on(self._asked, [*self.tokens[: self.chosen], other], self.chosen)
 
-    def _go_on(self, begun: list[TokenTrace], chosen: int) -> None:
+    def _go_on(self, asked: _Asked, begun: list[TokenTrace], chosen: int) -> None:
+        """If it fails, everything stays as it was."""
         new: list[TokenTrace] = []
         if not begun or begun[-1].id not in self._model.stop_token_ids:
             chunks = self._model.stream_prompt(
-                self._prompt,
-                self._media,
+                asked.prompt,
+                asked.media,
                 GenParams.greedy(n_predict=self._max_tokens),
                 answer=[token.id for token in begun],
-                cache=self._cache,
-                start_pos=len(self._cache),
+                cache=asked.cache,
+                start_pos=len(asked.cache),
                 chunk_prefilling=True,
                 trace=self._best,
             )
             new = [token for chunk in chunks for token in chunk["tokens"]]
+        if asked is not self._asked:
+            self._asked, self.answers = asked, {}
         self.tokens = begun + new
         text = self._model.tokenizer.decode([t.id for t in self.tokens], skip_special_tokens=True)
         self.answers[text.strip()] = prod(token.probability for token in self.tokens)
@@ -547,11 +563,11 @@ class MicroscopePanel(w.VBox):
     def _choose(self, i: int) -> None:
         self.chosen = i
         before = [token.id for token in self.tokens[:i]]
-        _, media = self._model.read(self._prompt, self._media)
-        weights = attention(self._model, self._prompt, self._media, before).mean(dim=1)
-        seen = picture_weights(self._model, self._prompt, self._media, weights)
-        self._weights = torch.cat(seen, dim=-1)  # (layers, n)
-        self._boxes = torch.cat([self._model.boxes(m) for m in media])
+        model, prompt, media = self._model, self._asked.prompt, self._asked.media
+        weights = attention(model, prompt, media, before).mean(dim=1)
+        self._weights = torch.cat(picture_weights(model, prompt, media, weights), dim=-1)
+        _, placed = model.read(prompt, media)
+        self._boxes = torch.cat([model.boxes(m) for m in placed])  # (n, 4) for (layers, n) weights
         self._show()
 
     def _show(self) -> None:
@@ -564,7 +580,7 @@ class MicroscopePanel(w.VBox):
                 button.description, button.disabled = f"{visible(text)}  {p:.1%}", id == token.id
                 button.style.button_color, button.style.text_color = sureness(p), "black"
         weights = self._weights[self.layer.value]
-        small = self._image.copy()
+        small = self._asked.image.copy()
         small.thumbnail((320, 320))
         figure, ax = axes(3.2, 3.2 * small.height / small.width)
         heat(ax, small, heat_map(weights, self._boxes, *small.size))
