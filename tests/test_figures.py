@@ -32,6 +32,12 @@ def test_fewer_colours_and_less_space_but_the_same_size():
     assert show(figure, **WORDS, colours=8).width == 300
 
 
+def test_few_colours_are_those_of_the_picture():
+    picture = Image.linear_gradient("L").convert("RGB")
+    picture.paste("#D55E00", (10, 10, 14, 14))
+    assert opened(show(picture, **WORDS, colours=8)).convert("RGB").getpixel((12, 12))[0] > 200
+
+
 def test_words_are_needed():
     with pytest.raises(ValueError, match="a caption and an alt text"):
         show(noise(5, 5), caption=" ", alt="x")
