@@ -34,7 +34,7 @@ def test_fewer_colours_and_less_space_but_the_same_size():
 
 def test_few_colours_are_those_of_the_picture():
     picture = Image.linear_gradient("L").convert("RGB")
-    picture.paste("#D55E00", (10, 10, 14, 14))
+    picture.paste("#D55E00", (10, 10, 30, 30))
     assert opened(show(picture, **WORDS, colours=8)).convert("RGB").getpixel((12, 12))[0] > 200
 
 
