@@ -554,7 +554,7 @@ class MicroscopePanel(w.VBox):
             f"<tr><td>{html.escape(text)}</td><td>{p:.1%}</td></tr>"
             for text, p in self.answers.items()
         )
-        head = "<tr><th>answers so far</th><th>probability</th></tr>"
+        head = '<tr style="text-align:left"><th>answers so far</th><th>probability</th></tr>'
         self.said.value = f'<table aria-label="answers">{head}{rows}</table>'
         self._choose(chosen)
 
