@@ -54,9 +54,9 @@ WORDS = (
     "FOX", "GEM", "HAT", "HEN", "INK", "JAM", "KEY", "LEG", "MAP", "NET", "OAK", "OWL",
     "PEN", "PIE", "PIG", "RAT", "SEA", "SKY", "SUN", "TEA", "TOY", "VAN", "WEB", "ZOO",
 )  # fmt: skip
-DIGITS = "0124579"  # nor these at eight; 3, 6 and 8 do
+DIGITS = "0124579"  # nor these at nine; 3, 6 and 8 do
 PRINTS = WORDS + tuple(a + b for a in DIGITS[1:] for b in DIGITS)
-PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of a large picture
+PRINT_HEIGHT = 9 / 336  # font size, as a fraction of the longer side of a large picture
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 MAX_THINGS = 5
 
