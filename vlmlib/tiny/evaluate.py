@@ -343,7 +343,7 @@ KNOWS = {
     "scene": "one to five shapes ({shapes}) in six colours and two sizes on a grid of three by "
     "three places, on a plain light or dark background, a large one sometimes with one of the "
     "characters {labels}",
-    "print": "large shapes with a word of three letters or a number of two digits in small print",
+    "print": "large shapes with a word of three letters or a number of three digits in small print",
     "clip": "clips in which one shape moves, appears, vanishes or turns another colour",
 }
 
