@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import PICTURE, expanded_ids, noise, pixels, tiny_llava
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging as hf_logging
 
 import vlmlib
 from vlmlib import CheckpointError
@@ -111,10 +110,12 @@ def test_missing_files(folder):
     refused(folder, "broken: holds no config.json")
 
 
-def test_only_bin_weights_are_refused(folder):
+def test_pickled_weights(folder, saved):
+    """Old checkpoints have nothing else; `tests/test_layouts.py` has those that mean harm."""
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    refused(folder, r"holds no \*.safetensors file")
+    ours, theirs = (vlmlib.load(f, device="cpu").net.state_dict() for f in (folder, saved))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +143,13 @@ def change_weights(folder, change) -> None:
 
 
 HEAD = "language_model.lm_head.weight"
+NORM = "language_model.model.norm.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: w.pop(HEAD), "1 missing keys: lm_head.weight"),
+        (lambda w: w.pop(NORM), "1 missing keys: language_model.norm.weight"),
         (lambda w: w.update(bogus=torch.zeros(2)), "1 unexpected keys: .*bogus"),
         (lambda w: w.update({HEAD: torch.zeros(5, 48)}), "1 mismatched keys: .*lm_head.weight"),
         (
@@ -166,14 +168,14 @@ def test_weights_that_do_not_fit(folder, change, words):
 def test_broken_weights_file(folder, data):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000] if data == "half" else data)
-    refused(folder, r"broken: (configuration and weights cannot be read|holds no \*.safetensors)")
+    refused(folder, r"broken.model.safetensors: weights cannot be read")
 
 
 def test_a_shard_is_missing(folder):
     (folder / "model.safetensors").unlink()
     tiny_llava().net.save_pretrained(folder, max_shard_size="100KB")
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
-    refused(folder, "weights cannot be read.*model-00002-of")
+    refused(folder, "the weights cannot be read: model-00002-of-.* is missing")
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}"], ids=["missing", "cut", "empty"])
@@ -181,25 +183,6 @@ def test_broken_tokenizer(folder, text):
     path = folder / "tokenizer.json"
     path.unlink() if text is None else path.write_text(text)
     refused(folder, "broken: configuration and tokenizer cannot be read")
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_the_progress_bar_switch_is_put_back(saved, folder, on):
-    before = hf_logging.is_progress_bar_enabled()
-    try:
-        (hf_logging.enable_progress_bar if on else hf_logging.disable_progress_bar)()
-        vlmlib.load(saved, device="cpu")
-        assert hf_logging.is_progress_bar_enabled() is on
-        change_weights(folder, lambda w: w.pop(HEAD))
-        refused(folder, "missing")
-        assert hf_logging.is_progress_bar_enabled() is on, "also after an error"
-    finally:
-        (hf_logging.enable_progress_bar if before else hf_logging.disable_progress_bar)()
-
-
-def test_small_models_load_without_a_progress_bar(saved, capfd):
-    vlmlib.load(saved, device="cpu")
-    assert "%" not in capfd.readouterr().err
 
 
 def test_llavas_own_call():

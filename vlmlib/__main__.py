@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 
@@ -57,9 +57,9 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
     )
-    with _said(f"loading {args.model}"):
+    with _said(f"loading {args.model}") as progress:
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        model = load(args.model, device=args.device, dtype=dtype)
+        model = load(args.model, device=args.device, dtype=dtype, progress=progress)
     stats, usage = TimeStats(), {}
 
     def chunks():
@@ -78,15 +78,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Tell a person at a terminal what takes so long."""
-    shown = sys.stderr.isatty()
+def _said(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Tell a person at a terminal what takes so long, and how much of it is done."""
+
+    def say(how_far: str, end: str = "") -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what} ... {how_far}", end=end, file=sys.stderr, flush=True)
+
     start = perf_counter()
-    if shown:
-        print(f"{what} ... ", end="", file=sys.stderr, flush=True)
-    yield
-    if shown:
-        print(f"{perf_counter() - start:.1f} s", file=sys.stderr)
+    say("")
+    yield lambda done, total: say(f"{done / total:.0%}")
+    say(f"{perf_counter() - start:.1f} s", end="\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -154,6 +154,24 @@ class ImageProcessor:
                 f"{path}: not a CLIP preprocessor configuration ({e!r})"
             ) from None
 
+    def to_dict(self, kind: str) -> dict[str, Any]:
+        """What `from_folder` reads, as transformers' image processor of that name writes it."""
+        sizes = {"size": self.crop_size}
+        if kind.startswith(("CLIP", "Llava")):
+            edge = {"shortest_edge": self.shortest_edge}
+            sizes = {"size": edge, "crop_size": self.crop_size, "do_center_crop": True}
+        return {
+            "image_processor_type": kind,
+            **sizes,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "resample": int(self.resample),
+            "rescale_factor": self.rescale_factor,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+        }
+
     @property
     def crop_size(self) -> dict[str, int]:
         return {"height": self.crop_height, "width": self.crop_width}

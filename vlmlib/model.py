@@ -5,9 +5,12 @@ A family (see `vlmlib.llava`) adds how it writes a prompt and what it does with 
 
 from __future__ import annotations
 
+import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
+from .checkpoint import write_json
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
 from .fusion import (
@@ -44,6 +48,7 @@ class VisionLanguageModel(ABC):
     """
 
     family: str
+    image_processor_type: str
     name: str = ""
     chat_template: str | None = None
 
@@ -130,6 +135,18 @@ class VisionLanguageModel(ABC):
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
         return self.net.parameters()
+
+    def processor_config(self) -> dict[str, Any]:
+        """The preprocessor_config.json of this model."""
+        return self.image_processor.to_dict(self.image_processor_type)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder in transformers' own layout, which `vlmlib.load` reads too."""
+        folder, tokenizer = Path(folder), copy.copy(self.tokenizer)
+        tokenizer.chat_template = self.chat_template or tokenizer.chat_template
+        self.net.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "preprocessor_config.json", self.processor_config())
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""
