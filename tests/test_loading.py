@@ -105,7 +105,7 @@ def test_missing_files(folder):
     (folder / "preprocessor_config.json").unlink()
     refused(folder, "broken: no preprocessor_config.json")
     (folder / "model.safetensors").unlink()
-    refused(folder, r"broken: holds no \*.safetensors file")
+    refused(folder, r"broken: holds neither model.safetensors nor")
     (folder / "config.json").unlink()
     refused(folder, "broken: holds no config.json")
 

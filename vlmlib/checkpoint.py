@@ -127,7 +127,7 @@ def check_links(folder: Path, root: Path | None = None) -> None:
     """
     homes = [(root or folder).resolve()]
     if homes[0].parent.name == "snapshots":
-        homes.append(homes[0].parent.parent / "blobs")
+        homes.append((homes[0].parent.parent / "blobs").resolve())
     for path in chain(folder.glob("*"), folder.glob("*/*")):
         with blaming(path, "link"):
             if path.is_symlink() and not any(path.resolve().is_relative_to(h) for h in homes):
@@ -156,7 +156,9 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
             return [folder / shard for shard in _shards(index)]
-    raise CheckpointError(f"{folder}: holds no *.safetensors file, and no pytorch_model.bin")
+    raise CheckpointError(
+        f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of several"
+    )
 
 
 def _shards(index: Path) -> list[str]:
@@ -265,10 +267,14 @@ def _plan(folder: Path, net: nn.Module, weights: Weights) -> dict[str, Rows]:
         "unexpected": {rows[n][0].key for n in rows.keys() - own.keys() if not OPTIONAL.search(n)},
         "mismatched": out_of_place.values(),
     }
-    for what, found in report.items():
-        if keys := sorted(found):
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise CheckpointError(f"{folder}: {len(keys)} {what} keys: {shown}")
+    told = []
+    for what, keys in report.items():
+        shown = ", ".join(sorted(keys)[:5]) + (
+            f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        )
+        told += [f"{len(keys)} {what} keys: {shown}"] if keys else []
+    if told:
+        raise CheckpointError(f"{folder}: {'; '.join(told)}")
     return {own[name][0]: rows[name] for name in own.keys() & rows.keys()}
 
 
@@ -365,18 +371,23 @@ def fill(
     done, total = 0, sum(weight.nbytes() // n for weight, _, n in plan.values())
     for path in sorted({weight.path for weight, _, _ in plan.values()}):
         state = {}
-        with blaming(path, "weights"), _opened(path) as read:
-            for name, (weight, i, n) in plan.items():
-                if weight.path == path:
-                    tensor = read(weight.key).chunk(n)[i]
-                    state[name] = tensor.to(device, dtype, copy=True)  # the file may change later
-                    done += tensor.nbytes
-                    if progress:
-                        progress(done, total)
+        for name, tensor in _read(path, plan):
+            state[name] = tensor.to(device, dtype, copy=True)  # the file may change later
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
         net.load_state_dict(state, strict=False, assign=True)
     net.load_state_dict(_unused(net, device, dtype), strict=False, assign=True)
     _real_buffers(net, device)
     return net.eval()
+
+
+def _read(path: Path, plan: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
+    """What one file has for the network, by the network's names; mapped, not copied."""
+    with blaming(path, "weights"), _opened(path) as get:
+        for name, (weight, i, n) in plan.items():
+            if weight.path == path:
+                yield name, get(weight.key).chunk(n)[i]
 
 
 def _unused(net: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -392,7 +403,9 @@ def _real_buffers(net: nn.Module, device: torch.device) -> None:
     """What no file holds, as the angles of rotary embeddings: by making its small module again."""
     for module in net.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for name, buffer in type(module)(module.config).named_buffers(recurse=False):
+            with torch.random.fork_rng(devices=[]):  # a module begins with random weights
+                made = type(module)(module.config)
+            for name, buffer in made.named_buffers(recurse=False):
                 module.register_buffer(name, buffer.to(device), persistent=False)
 
 

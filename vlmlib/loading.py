@@ -150,7 +150,9 @@ def _find_tower(folder: Path, name: Any, files: Sequence[str]) -> Path:
             "this one, or a hub id: put it there and name it so"
         )
     found = folder / name
-    return _checked(found, folder) if found.is_dir() else _checked(_download(name, None, files))
+    if not found.is_dir():
+        found, folder = _download(name, None, files, f"put it into {found}"), None
+    return _checked(found, folder)
 
 
 def _checked(folder: Path, root: Path | None = None) -> Path:
@@ -208,15 +210,20 @@ def find_checkpoint(checkpoint: str | os.PathLike, *, revision: str | None = Non
     )
 
 
-def _download(name: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
+def _download(
+    name: str,
+    revision: str | None,
+    files: Sequence[str] = FILES,
+    instead: str = "give its folder",
+) -> Path:
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=files))
         if files == FILES and not any(found.rglob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=[*files, *PICKLES])
+            snapshot_download(name, revision=found.name, allow_patterns=[*files, *PICKLES])
     except Exception as e:
         raise CheckpointError(
             f"{name!r} is neither a folder here nor in the hub's cache, and it could not be "
             f"downloaded ({type(e).__name__}): check the name and the network, or download it "
-            "elsewhere and give its folder"
+            f"elsewhere and {instead}"
         ) from e
     return found
