@@ -93,6 +93,7 @@ def test_hub_id_without_a_network(monkeypatch, tmp_path):
     error = refused(
         "nobody/no-such-model", "'nobody/no-such-model' is neither a folder here nor in"
     )
+    assert "HF_HUB_OFFLINE is set" in str(error)
     assert "check the name and the network" in str(error)
     assert "\n" not in str(error)
 

@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from transformers import AutoTokenizer
 
 from .checkpoint import (
@@ -216,14 +217,16 @@ def _download(
     files: Sequence[str] = FILES,
     instead: str = "give its folder",
 ) -> Path:
+    ask = partial(snapshot_download, name, local_files_only=is_offline_mode())
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        found = Path(ask(revision=revision, allow_patterns=files))
         if files == FILES and not any(found.rglob("*.safetensors")):
-            snapshot_download(name, revision=found.name, allow_patterns=[*files, *PICKLES])
+            ask(revision=found.name, allow_patterns=[*files, *PICKLES])
     except Exception as e:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else type(e).__name__
         raise CheckpointError(
             f"{name!r} is neither a folder here nor in the hub's cache, and it could not be "
-            f"downloaded ({type(e).__name__}): check the name and the network, or download it "
+            f"downloaded ({why}): check the name and the network, or download it "
             f"elsewhere and {instead}"
         ) from e
     return found

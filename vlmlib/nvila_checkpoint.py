@@ -49,7 +49,7 @@ from .checkpoint import (
 )
 from .errors import CheckpointError, ShapeError
 from .images import ImageProcessor
-from .nvila_encoders import SiglipTower
+from .nvila_encoders import SiglipTower, build_encoder
 from .projectors import Projector, build_projector
 from .tiling import s2_sides
 
@@ -172,11 +172,13 @@ def load_parts(
     weights = nvila_weights(folder)
     if weights is None:
         raise CheckpointError(f"{folder}: its weights are not those of an NVILA")
-    split = (folder / "llm").is_dir()
+    split = not holds_weights(folder)
     with blaming(folder, "configuration"):
         config = (_of_three_folders if split else _of_one_folder)(folder, weights)
         for values in (config.llm_cfg, config.vision_tower_cfg):
             check_depth(values, weights)
+        for media in ("image", "video"):  # refused before a weight is read
+            build_encoder(media, getattr(config, f"{media}_encoder"))
         llm = Qwen2Config.from_dict(config.llm_cfg)
         llm.tie_word_embeddings = is_tied(weights)
         tower = SiglipVisionConfig.from_dict(config.vision_tower_cfg | {"vision_use_head": False})
