@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 UNANSWERED = "not answered yet"
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-IMG = re.compile(r"<img[^>]*>")
+IMG = re.compile(r"<img\s[^>]*>")  # not InternVL's token <img>
 CAPTION = re.compile(
     r"<p><em>(.{15,})</em></p><details><summary>Picture in words</summary>(.{15,})</details>"
 )

@@ -227,6 +227,16 @@ def test_greedy_takes_the_best_and_heeds_the_penalty():
     assert int(sampler.draw(sampler.scores(logits, torch.tensor([[1]])))) == 2
 
 
+def test_probabilities_are_what_is_drawn_with():
+    logits = torch.tensor([[1.0, 3.0, 2.9], [0.0, -1.0, 5.0]])
+    seen = torch.zeros(2, 0, dtype=torch.long)
+    greedy, warm = Sampler(GenParams(temp=0)), Sampler(GenParams.greedy(temp=2, top_k=2, seed=0))
+    assert greedy.probabilities(logits).tolist() == [[0, 1, 0], [0, 0, 1]]
+    p = warm.probabilities(warm.scores(logits, seen))
+    assert torch.allclose(p[0], torch.tensor([0.0, 0.512497, 0.487503]))
+    assert warm.draw(warm.scores(logits, seen)).shape == (2, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_fp32_and_the_logits_stay_as_they_were(dtype):
     logits = SPREAD.to(dtype)

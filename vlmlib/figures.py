@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,28 +63,45 @@ class Shown:
 
 
 def show(
-    content: Figure | Image.Image, *, caption: str, alt: str, width: int | None = None
+    content: Figure | Image.Image,
+    *,
+    caption: str,
+    alt: str,
+    width: int | None = None,
+    colours: int | None = None,
 ) -> Shown:
     """Wrap a matplotlib figure or a picture; `width` is in pixels on the page.
 
     `caption` says what to see in it, in a full sentence; `alt` says what is there, for those who
-    cannot see it. Both must be given.
+    cannot see it. Both must be given. `colours`, up to 256, is how many are kept: a photograph in
+    64 colours takes a quarter of the space, and hardly anyone sees it.
     """
     if not caption.strip() or not alt.strip():
         raise ValueError("a figure needs a caption and an alt text")
     if isinstance(content, Figure):
-        return Shown(png_of(content), caption, alt, width or int(content.get_figwidth() * 100))
+        png, width = png_of(content), width or int(content.get_figwidth() * 100)
+    else:
+        png, width = _saved(content), width or content.width
+    return Shown(_reduced(png, colours) if colours else png, caption, alt, width)
+
+
+def _saved(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    content.save(buffer, format="PNG", optimize=True)
-    return Shown(buffer.getvalue(), caption, alt, width or content.width)
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _reduced(png: bytes, colours: int) -> bytes:
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    return _saved(picture.quantize(colours, dither=Image.Dither.NONE))
 
 
 def png_of(figure: Figure) -> bytes:
-    """Rendered at 150 dots an inch, without any window or global state."""
-    buffer = io.BytesIO()
+    """Rendered at 150 dots an inch, in 256 colours, without any window or global state."""
     FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return _reduced(buffer.getvalue(), 256)  # less than half the size, and looks the same
 
 
 def axes(width: float = 7.0, height: float = 2.6, *, columns: int = 1, **labels: str):
@@ -117,6 +134,54 @@ def latency(
     return figure
 
 
+def distribution(
+    texts: Sequence[str],
+    own: Sequence[float],
+    drawn: Sequence[float],
+    counts: Sequence[int] | None = None,
+    *,
+    width: float = 7.0,
+) -> Figure:
+    """Tokens with the model's own probability (grey) and the one they are drawn with (blue).
+
+    One entry a token, the best first; a token that cannot be drawn is marked "never". `counts`, how
+    often each was drawn, are shown as shares of all draws.
+    """
+    rows = range(len(texts))
+    figure, ax = axes(width, 0.27 * len(texts) + 0.8, xlabel="probability", xlim=(0, 1.1))
+    bars = [ax.barh(rows, own, height=0.8, color="#D5D5D5", label="the model's own")]
+    bars.append(ax.barh(rows, drawn, height=0.44, color=BLUE, label="drawn with"))
+    shares = [0.0] * len(texts)
+    if counts and (n := sum(counts)):
+        shares = [c / n for c in counts]
+        style = {"color": ORANGE, "mec": "white", "clip_on": False, "ls": "none"}
+        bars += ax.plot(shares, rows, marker="D", label=f"share of {n:,} draws", **style)
+    for row, *ends, p in zip(rows, own, shares, drawn, strict=True):
+        words = f"{p:.1%}" if p else "never"
+        ax.text(max(p, *ends) + 0.015, row, words, va="center", color="#404040")
+    ax.set_yticks(rows, texts, family="monospace")
+    ax.invert_yaxis()
+    ax.legend(handles=bars, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return figure
+
+
+def reuse(turns: Sequence[tuple[int, int, int]], *, width: float = 7.0) -> Figure:
+    """The sequence at every turn of a conversation: its (kept, fed, drawn) positions in a row."""
+    rows = range(1, len(turns) + 1)
+    figure, ax = axes(width, 0.2 * max(len(turns), 4) + 0.8, xlabel="position", ylabel="turn")
+    left = [0] * len(turns)
+    parts = zip(*turns, strict=True) if turns else [()] * 3
+    names = "kept in the cache", "fed: read anew", "drawn, one by one"
+    for part, name, colour in zip(parts, names, (SKY, ORANGE, BLUE), strict=True):
+        ax.barh(rows, part, left=left, height=0.8, color=colour, label=name)
+        left = [a + b for a, b in zip(left, part, strict=True)]
+    ax.set_ylim(max(len(turns), 4) + 0.6, 0.4)
+    ax.set_xlim(0, 1.02 * max([*left, 100]))
+    ax.set_yticks(rows)
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return figure
+
+
 def patches(ax: Axes, values: Any, rows: int, cols: int, marked: tuple[int, int], **options):
     """Draw on `ax` a picture, or (rows, cols) values, under a grid of patches; `marked` is the
     (row, column) of one that is outlined. `options` go to `imshow`, whose result is returned.
@@ -130,3 +195,59 @@ def patches(ax: Axes, values: Any, rows: int, cols: int, marked: tuple[int, int]
         corner = column - 0.5, row - 0.5
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width))
     return mesh
+
+
+def tiling(
+    image: Image.Image, grid: tuple[int, int], *, thumbnail: bool = False, width: float = 4.8
+) -> Figure:
+    """On the left a picture under the borders of the (cols, rows) tiles of `grid`, on the right the
+    numbered squares that they become; `thumbnail` adds the whole picture as the last one.
+    """
+    cols, rows = grid
+    ratios = [image.width / image.height, (cols + 1.3 * thumbnail) / rows]
+    height = min(max(width / sum(ratios), width / 5), 0.7 * width)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=ratios)
+    _with_borders(left, image, (0, 0, image.width, image.height), grid, GREY)
+    _with_borders(right, image, (0, 0, cols, rows), grid, "white")
+    names = {(x, y): str(y * cols + x + 1) for y in range(rows) for x in range(cols)}
+    if thumbnail:
+        corner = cols + 0.3, rows / 2 - 0.5
+        _with_borders(right, image, (*corner, corner[0] + 1, corner[1] + 1), (1, 1), "white")
+        names[corner] = str(len(names) + 1)
+        right.set(xlim=(0, cols + 1.3), ylim=(rows, 0))
+    for (x, y), name in names.items():
+        label = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        right.text(x + 0.09, y + 0.1, name, fontsize=6, va="top", bbox=label)
+    return figure
+
+
+def _with_borders(ax: Axes, image: Image.Image, box, grid: tuple[int, int], colour: str) -> None:
+    """A picture stretched to the box (left, top, right, bottom), cut into a grid by lines."""
+    left, top, right, bottom = box
+    ax.imshow(image, extent=(left, right, bottom, top), aspect="equal", interpolation="antialiased")
+    x, y = (
+        [low + i * (high - low) / n for i in range(1, n)]
+        for n, low, high in zip(grid, (left, top), (right, bottom), strict=True)
+    )
+    for ground, lw in (("white", 3.0), (colour, 1.0)):
+        ax.vlines(x, top, bottom, color=ground, lw=lw)
+        ax.hlines(y, left, right, color=ground, lw=lw)
+    ax.axis("off")
+
+
+def context_bars(tokens: Mapping[str, int], context: int, *, width: float = 7.0) -> Figure:
+    """How much of a context of so many positions each of some pictures takes; what does not fit
+    stands out.
+    """
+    figure, ax = axes(width, 0.55 + 0.42 * len(tokens), xlabel="positions of the context")
+    names, counts = list(tokens), list(tokens.values())
+    ax.barh(names, [context] * len(names), color="#DCE9F2", height=0.62)
+    ax.barh(names, [min(n, context) for n in counts], color=BLUE, height=0.62)
+    ax.barh(names, [max(n - context, 0) for n in counts], left=context, color=ORANGE, height=0.62)
+    for row, n in enumerate(counts):
+        ax.text(n + 0.01 * context, row, f"{n:,}  ({n / context:.0%})", va="center")
+    ax.axvline(context, color=GREY, lw=1.5)
+    ax.set_xlim(0, 1.18 * max(context, *counts))
+    ax.invert_yaxis()
+    return figure

@@ -171,14 +171,20 @@ class Sampler:
             self.generator.manual_seed(params.seed)
 
     def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """(1, v) logits, (1, n) ids seen so far -> (1, v) fp32 scores; -inf is "never"."""
+        """(b, v) logits, (b, n) ids seen so far -> (b, v) fp32 scores; -inf is "never"."""
         return self.processors(seen, logits.float())
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(b, v) scores -> (b, v) what `draw` draws with; greedy puts all on the best."""
+        if self.greedy:
+            return torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+        return scores.softmax(dim=-1)
+
     def draw(self, scores: Tensor) -> Tensor:
-        """(1, v) scores -> (1, 1) id."""
+        """(b, v) scores -> (b, 1) ids."""
         if self.greedy:
             return scores.argmax(dim=-1, keepdim=True)
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
+        return torch.multinomial(self.probabilities(scores), 1, generator=self.generator)
 
 
 def check_finite(logits: Tensor, step: int) -> None:

@@ -1,8 +1,9 @@
-"""Panels for JupyterLab: drive a stream with buttons and sliders, and stop it at any time.
+"""Panels for JupyterLab: drive a stream or a chat with buttons and sliders, and stop it any time;
+or try sizes of pictures and ways of sampling, and see at once what they change.
 
-A panel runs its stream in one thread of its own, because a callback that loops would keep the
-kernel from hearing the Stop button. The thread looks at an event between tokens, writes text at
-most fifteen times a second, and shows its own errors: nobody else would.
+A stream runs in one thread of its own, because a callback that loops would keep the kernel from
+hearing the Stop button. The thread looks at an event between tokens, writes text at most fifteen
+times a second, and shows its own errors: nobody else would.
 """
 
 from __future__ import annotations
@@ -10,25 +11,50 @@ from __future__ import annotations
 import contextvars
 import html
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import ipywidgets as w
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import PretrainedConfig
 
-from .errors import ImageError
-from .figures import latency, show
-from .images import load_image
+from .budget import image_tokens
+from .chat import Chat, Message
+from .decoding import Chunk
+from .errors import ImageError, ShapeError
+from .figures import Shown, context_bars, distribution, latency, reuse, show, tiling
+from .images import ImageSource, load_image
+from .internvl import NUM_IMAGE_TOKEN
 from .loading import load
 from .model import VisionLanguageModel
-from .sampling import GenParams
+from .nvila_checkpoint import NVILAConfig
+from .sampling import GenParams, Sampler, check_finite
 from .streaming import TimeStats, stream
+from .tiling import dynamic_grid, dynamic_tiles
 
 TEXT_EVERY = 1 / 15
 PLOT_EVERY = 1 / 2
 UPLOADED = "your own picture"
 LABELS = {"description_width": "initial"}
+
+
+def _status_html(message: str, *, error: bool = False) -> str:
+    style = ' style="color:var(--jp-error-color1,#B34700);font-weight:bold"' if error else ""
+    return f'<span role="status"{style}>{html.escape(message)}</span>'
+
+
+def _sampling(options: Mapping[str, Any]) -> tuple[w.Widget, w.Widget, w.Widget, w.Widget]:
+    """Sliders for temperature, top-p, top-k and repetition penalty, all off."""
+    return (
+        w.FloatSlider(0.0, min=0, max=2, step=0.1, description="temperature", **options),
+        w.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top-p", **options),
+        w.IntSlider(0, min=0, max=100, description="top-k (0 is off)", **options),
+        w.FloatSlider(1.0, min=1, max=2, step=0.05, description="repetition penalty", **options),
+    )
 
 
 class StreamPanel(w.VBox):
@@ -76,12 +102,7 @@ class StreamPanel(w.VBox):
         self.question = w.Text(questions[0], description="question", **choice)
         self.examples.observe(self._example_chosen, "value")
         slider = {**choice, "continuous_update": False}
-        self.temp = w.FloatSlider(0.0, min=0, max=2, step=0.1, description="temperature", **slider)
-        self.top_p = w.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top-p", **slider)
-        self.top_k = w.IntSlider(0, min=0, max=100, description="top-k (0 is off)", **slider)
-        self.repeat_penalty = w.FloatSlider(
-            1.0, min=1, max=2, step=0.05, description="repetition penalty", **slider
-        )
+        sliders = self.temp, self.top_p, self.top_k, self.repeat_penalty = _sampling(slider)
         self.max_tokens = w.IntSlider(
             max_tokens, min=1, max=512, description="most new tokens", **slider
         )
@@ -93,7 +114,6 @@ class StreamPanel(w.VBox):
         self.picture.observe(self._picture_changed, "value")
         self.upload.observe(self._uploaded, "value")
         asked = [self.model, self.picture, self.upload, self.examples, self.question]
-        sliders = [self.temp, self.top_p, self.top_k, self.repeat_penalty]
         rest = [self.max_tokens, self.seed, self.pace]
         self._controls = w.HBox(
             [
@@ -137,8 +157,7 @@ class StreamPanel(w.VBox):
         self._picture_changed()
 
     def _status(self, message: str, *, error: bool = False) -> None:
-        style = ' style="color:var(--jp-error-color1,#B34700);font-weight:bold"' if error else ""
-        self.status.value = f'<span role="status"{style}>{html.escape(message)}</span>'
+        self.status.value = _status_html(message, error=error)
 
     def _say(self, text: str) -> None:
         self.text.value = (
@@ -197,8 +216,11 @@ class StreamPanel(w.VBox):
             model = self._models[self.model.value] = load(model)
         return model
 
+    def _chunks(self, image: Image.Image, question: str, params: GenParams) -> Iterator[Chunk]:
+        return stream(self._loaded(), [image, question], params)
+
     def _stream(self, image: Image.Image, question: str, params: GenParams) -> None:
-        chunks = stream(self._loaded(), [image, question], params)
+        chunks = self._chunks(image, question, params)
         chunk, times, text_at, plot_at = None, [], 0.0, perf_counter()
         while not self._stopping.is_set():
             start = perf_counter()
@@ -211,8 +233,7 @@ class StreamPanel(w.VBox):
                 self._say(chunk["text"])
                 text_at = now
             if now - plot_at > PLOT_EVERY:
-                self.plot.value = self._plot_html(times[0], times[1:])
-                self._status(f"streaming; {self._stats(chunk, times)}")
+                self._report("streaming", chunk, times)
                 plot_at = now
             if self.pace.value:
                 self._stopping.wait(1 / self.pace.value)
@@ -223,14 +244,273 @@ class StreamPanel(w.VBox):
         if chunk is None:
             return self._status("stopped before the first token")
         self._say(chunk["text"])
+        ending = {"stop": "the model ended its answer", "length": "the token limit was reached"}
+        return self._report(ending.get(chunk["finish_reason"], "stopped"), chunk, times)
+
+    def _report(self, doing: str, chunk: dict, times: list[float]) -> None:
+        self._status(f"{doing}; {self._stats(chunk, times)}")
         if times:
             self.plot.value = self._plot_html(times[0], times[1:])
-        ending = {"stop": "the model ended its answer", "length": "the token limit was reached"}
-        reason = ending.get(chunk["finish_reason"], "stopped")
-        return self._status(f"{reason}; {self._stats(chunk, times)}")
 
-    @staticmethod
-    def _stats(chunk: dict, times: list[float]) -> TimeStats:
+    def _stats(self, chunk: dict, times: list[float]) -> TimeStats:
         stats = TimeStats(context_tokens=chunk["usage"]["prompt_tokens"])
         stats.context_times, stats.step_times = times[:1], times[1:]
         return stats
+
+
+class ChatPanel(StreamPanel):
+    """Talk with a model about a picture; every turn feeds only what the cache does not hold.
+
+    Parameters as of StreamPanel. Another picture takes the place of the old one in the same
+    conversation, so everything behind it is read again; another model begins a new conversation.
+
+    `chat` is the conversation, `turns` the positions (kept, fed, drawn) of every turn.
+    """
+
+    def __init__(self, *args, **options):
+        self.chat: Chat | None = None
+        self.turns: list[tuple[int, int, int]] = []
+        self._earlier: list[Message] = []
+        self._asked = ""
+        super().__init__(*args, **options)
+        self.start.description, self.start.icon = "Send", "paper-plane"
+        wide = w.Layout(width="auto")
+        self.new = w.Button(description="New conversation", icon="trash", layout=wide)
+        self.new.on_click(self._begin)
+        self._buttons.children = [self.start, self.stop, self.new]
+
+    def _begin(self, _) -> None:
+        if self.wait(0):
+            self.chat, self.turns, self._earlier, self._asked = None, [], [], ""
+            self._say("")
+            self.plot.value = self._plot_html(0.0, [])
+            self._status("a new conversation")
+
+    def _start(self, _) -> None:
+        if self.wait(0):
+            self._earlier = list(self.chat.messages) if self.chat else []
+            self._asked = self.question.value
+        super()._start(_)
+
+    def _chunks(self, image: Image.Image, question: str, params: GenParams) -> Iterator[Chunk]:
+        model = self._loaded()
+        if self.chat is None or self.chat.model is not model:
+            self.chat, self.turns, self._earlier = Chat(model), [], []
+        self._turn, self._held = len(self.turns), list(self.chat.cache.content)
+        if not self.chat.messages:
+            return self.chat.ask([image, question], params)
+        role, (_, *texts) = self.chat.messages[0]
+        self.chat.messages[0] = (role, (image, *texts))
+        return self.chat.ask(question, params)
+
+    def _stats(self, chunk: Chunk, times: list[float]) -> str:
+        usage = chunk["usage"]
+        fed = usage["prompt_tokens"] - (kept := self._kept(usage["prompt_tokens"]))
+        self.turns[self._turn :] = [(kept, fed, usage["completion_tokens"])]
+        return f"{kept} tokens kept, {TimeStats(fed, times[:1], times[1:])}"
+
+    def _kept(self, prompt_tokens: int) -> int:
+        """What of the prompt was not fed; a stopped stream does not say, so compare the caches."""
+        now = self.chat.cache.content[: prompt_tokens - 1]
+        pairs = enumerate(zip(self._held, now, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(self._held), len(now)))
+
+    def _say(self, text: str) -> None:
+        said = [(role, [p for p in parts if isinstance(p, str)]) for role, parts in self._earlier]
+        if self._asked:
+            said += [("user", [self._asked]), ("assistant", [text])]
+        turns = "".join(
+            f'<p style="margin:0 0 .3em"><b>{role}:</b> {html.escape(" ".join(texts))}</p>'
+            for role, texts in said
+        )
+        self.text.value = (
+            '<div role="log" aria-label="conversation" style="font-size:115%;line-height:1.4;'
+            f'white-space:pre-wrap">{turns or "&nbsp;"}</div>'
+        )
+
+    def _plot_html(self, first: float, steps: Sequence[float]) -> str:
+        kept, fed, drawn = (sum(t[i] for t in self.turns) for i in range(3))
+        alt = (
+            f"the positions of {len(self.turns)} turns: in all {kept} kept in the cache, {fed} fed "
+            f"and {drawn} drawn"
+        )
+        return show(reuse(self.turns), caption=alt, alt=alt, width=640).img
+
+
+class SamplingPanel(w.VBox):
+    """What the next token is drawn from: sliders change it, bars show it at once.
+
+    rows  by name: the texts of all tokens, their (v,) scores, and the ids that were seen before
+    bars  this many best tokens have a bar of their own, all others share one
+
+    `draw` is the button, `counts` how often each token was drawn since the last change.
+    """
+
+    def __init__(
+        self, rows: Mapping[str, tuple[Sequence[str], Tensor, Sequence[int]]], *, bars: int = 10
+    ):
+        for name, (texts, scores, _) in rows.items():
+            if scores.shape != (len(texts),):
+                raise ShapeError(f"{name}: {len(texts)} texts, scores {tuple(scores.shape)}")
+            check_finite(scores[None], step=0)
+        self._rows, self._bars = rows, bars
+        choice = {"style": LABELS, "layout": w.Layout(width="27rem")}
+        self.row = w.Dropdown(options=list(rows), description="scores", **choice)
+        sliders = self.temp, self.top_p, self.top_k, self.repeat_penalty = _sampling(choice)
+        self.temp.max, self.temp.value, self.top_k.max = 3, 1, 20
+        orders = [("temperature, top-p, top-k", "tinychat"), ("temperature, top-k, top-p", "hf")]
+        self.order = w.Dropdown(options=orders, description="order", **choice)
+        self.draw = w.Button(description="Draw 100", icon="random")
+        self.draw.on_click(self._draw)
+        self.status = w.HTML()
+        self.plot = w.HTML()
+        for control in (controls := [self.row, *sliders, self.order]):
+            control.observe(self._changed, "value")
+        self._changed()
+        super().__init__([*controls, self.draw, self.status, self.plot])
+
+    def params(self) -> GenParams:
+        """What the sliders say now."""
+        return GenParams(
+            temp=self.temp.value,
+            top_p=self.top_p.value,
+            top_k=self.top_k.value,
+            repeat_penalty=self.repeat_penalty.value,
+            order=self.order.value,
+            seed=0,
+        )
+
+    def _changed(self, _=None) -> None:
+        _, scores, seen = self._rows[self.row.value]
+        self._sampler = Sampler(self.params())
+        self._scores = self._sampler.scores(scores[None].cpu(), torch.tensor([seen]).long())
+        self.counts = torch.zeros(len(scores), dtype=torch.long)
+        self._show()
+
+    def _draw(self, _) -> None:
+        ids = self._sampler.draw(self._scores.expand(100, -1))
+        self.counts += torch.bincount(ids[:, 0], minlength=len(self.counts))
+        self._show()
+
+    def _show(self) -> None:
+        texts, scores, _ = self._rows[self.row.value]
+        own = scores.float().cpu().softmax(-1)
+        (drawn,) = self._sampler.probabilities(self._scores)
+        best = own.argsort(descending=True, stable=True)
+        named, others = best[: self._bars], best[self._bars :]
+        labels = [repr(texts[i]) for i in named]
+        columns = [column[named].tolist() for column in (own, drawn, self.counts)]
+        if len(others):
+            labels.append(f"{len(others)} others")
+            for column, values in zip(columns, (own, drawn, self.counts), strict=True):
+                column.append(values[others].sum().item())
+        bits = -torch.xlogy(drawn, drawn).sum().item() / torch.tensor(2.0).log().item()
+        words = ", ".join(f"{x} {p:.1%}" for x, p in zip(labels, columns[1], strict=True))
+        possible = f"{int((drawn > 0).sum())} of {len(drawn)} tokens can be drawn, {bits:.2f} bits"
+        self.status.value = f'<span role="status">{possible}</span>'
+        picture = show(distribution(labels, *columns), caption=possible, alt=words, width=640)
+        self.plot.value = picture.img
+
+
+class SizePanel(w.VBox):
+    """Sliders for the size of a picture over a figure that follows them.
+
+    A panel of this kind says in `draw` what there is to see; `controls` are what it asks besides.
+    """
+
+    def __init__(self, controls: Sequence[w.Widget] = (), *, size: tuple[int, int]):
+        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        slider = {**wide, "min": 20, "max": 2400, "step": 10, "continuous_update": False}
+        self.picture_width = w.IntSlider(size[0], description="picture width", **slider)
+        self.picture_height = w.IntSlider(size[1], description="picture height", **slider)
+        self.figure = w.HTML()
+        self.status = w.HTML()
+        controls = [self.picture_width, self.picture_height, *controls]
+        for control in controls:
+            control.observe(self._changed, "value")
+        self._changed()
+        super().__init__([w.VBox(controls), self.status, self.figure])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture, in pixels."""
+        return self.picture_width.value, self.picture_height.value
+
+    def draw(self) -> Shown:
+        """The figure for what the controls say now; its caption is shown above it."""
+        raise NotImplementedError
+
+    def _changed(self, _=None) -> None:
+        try:
+            shown = self.draw()
+        except Exception as e:  # an observer's exception reaches nobody: show it here
+            self.status.value = _status_html(f"{type(e).__name__}: {e}", error=True)
+        else:
+            self.figure.value, self.status.value = shown.img, _status_html(shown.caption)
+
+
+class BudgetPanel(SizePanel):
+    """What a picture of a chosen size takes of the context, for some models or configurations."""
+
+    def __init__(
+        self,
+        models: Mapping[str, VisionLanguageModel | PretrainedConfig | NVILAConfig],
+        context: int = 4096,
+        *,
+        size: tuple[int, int] = (1024, 768),
+    ):
+        self._models = dict(models)
+        self.context = w.Dropdown(
+            options=sorted({2048, 4096, 8192, 32768, context}),
+            value=context,
+            description="positions of the context",
+            style=LABELS,
+            layout=w.Layout(width="25rem"),
+        )
+        super().__init__([self.context], size=size)
+
+    def draw(self) -> Shown:
+        tokens = {name: image_tokens(m, *self.size) for name, m in self._models.items()}
+        width, height = self.size
+        caption = f"A picture of {width} × {height} pixels in {self.context.value:,} positions."
+        counts = ", ".join(f"{name} {n:,}" for name, n in tokens.items())
+        bars = context_bars(tokens, self.context.value)
+        return show(bars, caption=caption, alt=f"bars of the positions taken: {counts}", width=640)
+
+
+class TilingPanel(SizePanel):
+    """How InternVL3 cuts a picture of a chosen size, and what that costs. The given picture is
+    trimmed to the size's aspect, so that all stretching that is seen is the tiling's.
+    """
+
+    def __init__(
+        self, picture: ImageSource, *, size: tuple[int, int] = (1280, 720), max_tiles: int = 12
+    ):
+        self._picture = load_image(picture)
+        self.max_tiles = w.IntSlider(
+            max_tiles,
+            min=1,
+            max=24,
+            description="most tiles",
+            style=LABELS,
+            layout=w.Layout(width="25rem"),
+            continuous_update=False,
+        )
+        super().__init__([self.max_tiles], size=size)
+
+    def draw(self) -> Shown:
+        (width, height), most = self.size, self.max_tiles.value
+        cols, rows = dynamic_grid(width, height, 1, most)
+        tiles = dynamic_tiles(width, height, 1, most, use_thumbnail=True)
+        stretch = cols / rows / (width / height)
+        made = f"made {max(stretch, 1 / stretch) - 1:.1%} {'wider' if stretch > 1 else 'higher'}"
+        caption = (
+            f"{width} × {height} pixels: {cols} × {rows} tiles"
+            f"{' and the whole picture' if tiles > 1 else ''}, {tiles * NUM_IMAGE_TOKEN:,} tokens; "
+            f"{'its shape is kept' if stretch == 1 else made}."
+        )
+        shown = (max(1, round(480 * side / max(width, height))) for side in (width, height))
+        trimmed = ImageOps.fit(self._picture, tuple(shown))
+        figure = tiling(trimmed, (cols, rows), thumbnail=tiles > 1, width=6.4)
+        alt = f"a picture cut into {cols} columns and {rows} rows, and the tiles side by side"
+        return show(figure, caption=caption, alt=alt, width=640)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import re
 import time
@@ -282,15 +284,16 @@ def is_tiled(model: VisionLanguageModel, seed: int) -> bool:
 
 
 def chance(seeds: Sequence[int]) -> dict[str, float]:
-    """How often those are right who know all but the print: who guess a word or a number, or one
-    of the things that carry any.
+    """How often those are right who see all but what the print says: who guess one of all words or
+    of all numbers, or one of the things that carry a word or a number, whichever it is.
     """
     shares: dict[str, list[float]] = {kind: [] for kind in PRINT_KINDS}
     for seed in seeds:
-        printed = [thing for thing in detail_scene(seed).things if thing.print]
+        printed = [thing.print for thing in detail_scene(seed).things if thing.print]
         for qa in case("print", seed)[1]:
-            guesses = WORDS if " word " in qa.answer else set(PRINTS) - set(WORDS)
-            shares[qa.kind].append(1 / len(guesses if qa.kind == "read_print" else printed))
+            is_word = " word " in (qa.answer if qa.kind == "read_print" else qa.question)
+            pool = PRINTS if qa.kind == "read_print" else printed
+            shares[qa.kind].append(1 / sum((text in WORDS) == is_word for text in pool))
     return {kind: sum(values) / len(values) for kind, values in shares.items() if values}
 
 
@@ -338,9 +341,11 @@ ABLATION = """
 "Tiles enlarged": every tile is cut out of the small picture of the whole and enlarged, so that
 there are as many visual tokens as before, but nothing more to be seen in them. What is lost is
 what the tiles are for.
+"""
 
-When a model is about to say what is printed on a shape, the attention of its layers, mean of all
-heads, peaks on that very shape in {hits} of these pictures (first layer to last).
+LOOKED = """
+When the model is about to say what is printed on a shape, the attention of its layers, mean of all
+heads, peaks on that very shape in {hits} of {pictures} pictures (first layer to last).
 """
 
 FAMILIES = {"llava": "LLaVA-1.5", "nvila": "NVILA", "internvl": "InternVL3"}
@@ -389,9 +394,10 @@ things at the same places as measured content is left out of training.
 `{command}`: held-out seeds, one question of every kind that a picture or clip allows, plain scenes
 and clips of {pixels} x {pixels} pixels, fp16 weights run in fp32, greedy decoding, the questions
 about a picture one after the other on one cache. An answer counts if it is right letter by letter.
+Seconds are those of {machine}.
 
 {table}
-{ablation}
+{notes}
 ## What it cannot do
 
 It knows nothing but these scenes: {knows}. On photographs, on other drawings, on two pictures at
@@ -416,8 +422,14 @@ def model_card(
 ) -> str:
     """The README of a checkpoint; every number in it is computed."""
     native = model.family != "nvila"
-    hits = numbers.get("print", {}).get("attention_hits")
-    knows = "; ".join(KNOWS[content] for content in numbers if content in KNOWS)
+    small_print = numbers.get("print", {})
+    hits = small_print.get("attention_hits")
+    tiled = "without_detail" in small_print
+    known = [content for content in numbers if content in KNOWS and (content != "print" or tiled)]
+    notes = ABLATION if tiled else ""
+    if hits:
+        pictures = min(LOOKED_AT, small_print["shown"])
+        notes += LOOKED.format(hits=", ".join(f"{h:.0%}" for h in hits), pictures=pictures)
     return CARD.format(
         name=folder.name,
         folder=folder.as_posix(),
@@ -431,9 +443,12 @@ def model_card(
         training=_training(folder / "training_log.jsonl"),
         command=command,
         pixels=pixels,
+        machine=machine(torch.get_num_threads()),
         table=table({folder.name: numbers}),
-        ablation=ABLATION.format(hits=", ".join(f"{h:.0%}" for h in hits)) if hits else "",
-        knows=knows.format(shapes=", ".join(SHAPES), labels=" ".join(LABELS)),
+        notes=notes,
+        knows="; ".join(KNOWS[content] for content in known).format(
+            shapes=", ".join(SHAPES), labels=" ".join(LABELS)
+        ),
     )
 
 
@@ -513,6 +528,11 @@ def _seconds(entries: Sequence[dict]) -> float:
     return total
 
 
+def machine(threads: int) -> str:
+    """One line about where something was run."""
+    return f"{platform.machine()}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     if options.seed + options.scenes > len(HELD_OUT):
@@ -537,7 +557,8 @@ def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
     def progress(done: int, total: int) -> None:
         seconds = time.monotonic() - began
         words = f"{folder.name}: {done:,} of {total:,} pictures or clips, {seconds:.0f} s "
-        print(f"\r{words}", end="", flush=True)
+        if done % 20 == 0 or done == total:
+            print(f"\r{words}", end="", flush=True)
 
     seeds = range(options.seed, options.seed + options.scenes)
     numbers = measure(model, contents, seeds, options.pixels, progress)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from ..loading import load
 from ..model import VisionLanguageModel
 from ..tokenization import IMAGE_TOKEN_INDEX
 from .data import IGNORE, MIXES, PATCH_CLASSES, Batch, Stream, attention_mask
-from .evaluate import by_kind, grade
+from .evaluate import by_kind, grade, machine
 from .model import BUILDERS, build, parts, save, warm_start
 from .scenes import VALIDATION
 
@@ -386,11 +385,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     steps = given.get("steps", usual.steps)
     look_steps = 0 if options.minutes else min(usual.look_steps, steps // 3)
     return replace(usual, **{"look_steps": look_steps, **given})
-
-
-def machine(threads: int) -> str:
-    """One line about where a run was made."""
-    return f"{platform.machine()}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
