@@ -5,12 +5,14 @@ They are written here as the published ones are: the same files and keys, tiny r
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
 import struct
 import sys
+from dataclasses import replace
 
 import huggingface_hub.constants
 import nvila_helpers
@@ -26,7 +28,8 @@ from helpers import (
     tiny_processor,
 )
 from safetensors.torch import load_file, save_file
-from test_internvl import TILE, tiny_internvl
+from test_internvl import SPECIAL, TILE, tiny_internvl
+from tokenizers.pre_tokenizers import Sequence, Split
 from transformers import CLIPConfig, CLIPModel
 
 import vlmlib
@@ -45,21 +48,31 @@ PROMPTS = {
 # ---- a model and its twin, in transformers' layout and in the original one ----
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
+
+
 def make(family: str, **changes):
-    """A model with random weights."""
+    """A model in which no weight is like another, not even a bias."""
     if family == "internvl":
-        model = tiny_internvl(attention_bias=True, **changes)
+        defaults = {"vision": {"attention_bias": True}, "text": {"rope_parameters": DYNAMIC}}
+        model = tiny_internvl(**defaults | changes)
         model.image_processor = vlmlib.ImageProcessor(
             TILE, TILE, TILE, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), max_patches=4
         )
-        return model
-    if family.startswith("nvila"):
+    elif family.startswith("nvila"):
         lite = {"mode": "dynamic", "projector": "mlp_downsample_3x3_fix", "seed": 1}
         s2 = {"mode": "dynamic_s2", "projector": "mlp_downsample", "chat_template": "qwen2"}
-        return nvila_helpers.nvila(**(lite if family == "nvila_lite" else s2) | changes)
-    if family == "llava":
-        return tiny_llava(max_position_embeddings=512, **changes)
-    return tiny_llava_next(**changes)
+        model = nvila_helpers.nvila(**(lite if family == "nvila_lite" else s2) | changes)
+    elif family == "llava":
+        rope = {"rope_type": "default", "rope_theta": 5e5}
+        model = tiny_llava(max_position_embeddings=512, rope_parameters=rope, **changes)
+    else:
+        model = tiny_llava_next(**changes)
+    generator = torch.Generator().manual_seed(9)
+    for weight in model.parameters():
+        if weight.dim() < 2:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +207,14 @@ def write_llava(folder, model, storage: str = "one file", **changes) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
+def old_rope(config: dict) -> dict:
+    """A language model's configuration as transformers wrote it before version 5."""
+    rope = config.pop("rope_parameters")
+    theta, kind = rope.pop("rope_theta"), rope["rope_type"]
+    scaling = None if kind == "default" else rope | {"type": kind}
+    return config | {"rope_theta": theta, "rope_scaling": scaling}
+
+
 def write_internvl(folder, model, storage: str = "one file", **changes) -> None:
     """As OpenGVLab/InternVL3-1B."""
     state, qkv = {}, {}
@@ -221,6 +242,7 @@ def write_internvl(folder, model, storage: str = "one file", **changes) -> None:
                 (r"attention\.projection_layer", "attn.proj"),
                 ("layernorm_before", "norm1"),
                 ("layernorm_after", "norm2"),
+                (r"attention\.([qk]_norm)", r"attn.\1"),
                 (r"lambda_(\d)", r"ls\1"),
             )
         state[name] = weight
@@ -241,7 +263,7 @@ def write_internvl(folder, model, storage: str = "one file", **changes) -> None:
         "dynamic_image_size": True,
         "force_image_size": TILE,
         "hidden_size": text.hidden_size,
-        "llm_config": json.loads(text.to_json_string())
+        "llm_config": old_rope(json.loads(text.to_json_string()))
         | {"architectures": ["Qwen2ForCausalLM"], "moe_config": None, "use_cache": False},
         "max_dynamic_patch": model.image_processor.max_patches,
         "min_dynamic_patch": 1,
@@ -282,7 +304,7 @@ def write_nvila(folder, model, storage: str = "one file", **changes) -> None:
         "auto_map": {"AutoConfig": "configuration_nvila.NVILAConfig"},
         "model_type": "nvila" if model.config.dynamic_s2 else "nvila_lite",
         "image_token_id": 371,
-        "text_config": model.config.llm_cfg,
+        "text_config": old_rope(copy.deepcopy(model.config.llm_cfg)),
         "vision_config": {
             k: v for k, v in model.config.vision_tower_cfg.items() if k[:6] != "vision"
         },
@@ -431,6 +453,16 @@ def test_the_original_prompts_and_pictures(written, models):
     assert llava_next.rounding == "original" and models["llava_next"].rounding == "hf"
 
 
+@pytest.mark.parametrize(
+    "vision",
+    [{}, {"use_qk_norm": True, "norm_type": "rms_norm"}],
+    ids=["without biases", "as the tower of 6 B weights"],
+)
+def test_towers_of_internvl(vision, tmp_path):
+    model = make("internvl", vision=vision, text={})
+    assert same(load(write(tmp_path, model)), model)
+
+
 def test_the_original_rounding(tmp_path):
     """One of the sizes for which int() and rounding to seven places differ."""
     made = make("llava_next", image_size=336, patch_size=14)
@@ -498,6 +530,47 @@ def test_a_tokenizer_in_one_sentencepiece_file(folder_of):
     assert list(vlmlib.stream(model, [noise(30, 30), "what is left?"], n_predict=4))
 
 
+def test_a_tokenizer_in_one_json_file(models, tmp_path):
+    """It is taken as it is: transformers would make it again as the class that is named."""
+    made = make("internvl")
+    backend = made.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence([Split("t", "isolated"), backend.pre_tokenizer])
+    made.save_pretrained(tmp_path)
+    for name in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizer"):
+        edit(tmp_path / "tokenizer_config.json", tokenizer_class=name, backend="removed")
+        assert_same_ids(load(tmp_path).tokenizer, made.tokenizer)
+
+
+@pytest.mark.parametrize("added", ["added_tokens_decoder", "added_tokens.json"])
+def test_a_tokenizer_in_vocabulary_and_merges(models, folder_of, added):
+    """As OpenGVLab/InternVL3-1B has: special tokens stand beside them, in either of two places."""
+    folder, made = folder_of("internvl"), models["internvl"].tokenizer
+    (folder / "tokenizer.json").unlink()
+    made.backend_tokenizer.model.save(str(folder))
+    tokens = {str(token): i for i, token in made.added_tokens_decoder.items()}
+    flags = {"special": True, "normalized": False}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": made.eos_token}
+    if added == "added_tokens.json":
+        write_json(folder / added, tokens)
+        config["additional_special_tokens"] = list(tokens)
+    else:
+        config[added] = {str(i): {"content": token} | flags for token, i in tokens.items()}
+    write_json(folder / "tokenizer_config.json", config)
+    assert_same_ids(load(folder).tokenizer, made)
+
+
+def assert_same_ids(tokenizer, expected) -> None:
+    text = "What is this that\n12 left? <img><IMG_CONTEXT></img><|im_end|> é</s>"
+    assert tokenizer(text).input_ids == expected(text).input_ids
+    assert tokenizer.get_vocab() == expected.get_vocab()
+    assert tokenizer.eos_token_id == expected.eos_token_id
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+    for skip in (True, False):
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == "".join(
+            SPECIAL[skip * len(SPECIAL) :]
+        )
+
+
 # ---- keys ----
 
 HEADS = {
@@ -554,6 +627,7 @@ def test_keys_of_older_and_newer_transformers(models, tmp_path, family, prefix):
         assert same(load(tmp_path), models[family])
 
 
+NEEDLESS_KEYS = re.compile("position_ids|inv_freq|head.probe|^text_|projection|logit_scale")
 NEEDLESS = {
     "llava": "model.layers.1.self_attn.rotary_emb.inv_freq",
     "llava_next": "model.vision_tower.vision_tower.vision_model.embeddings.position_ids",
@@ -607,11 +681,19 @@ def test_keys_that_do_not_fit(folder_of, family):
     )
     after(lambda w: w.update({key: w[key].int()}), f"1 mismatched keys: {key} (not floating point)")
     after(
-        lambda w: {k.replace("layers.0", "layers.7"): v for k, v in w.items()},
+        lambda w: {k.replace("model.layers.", "model.layers.7"): v for k, v in w.items()},
         "missing keys: ",
         " more; ",
         "unexpected keys: ",
     )
+
+
+def test_a_key_in_two_files(models, tmp_path):
+    folder = write(tmp_path, models["llava"], "shards")
+    first, second = sorted(folder.glob("*.safetensors"))
+    key = next(iter(load_file(first)))
+    change_weights(folder, lambda w: w.update({key: torch.zeros(1)}), second.name)
+    refused(folder, f"{second.name}: holds keys of another file again: {key}")
 
 
 def test_two_keys_that_mean_one_weight(folder_of):
@@ -654,10 +736,13 @@ def test_configurations_that_cannot_be_run(folder_of, family, changes, words):
     refused(folder, words)
 
 
-def test_another_tower(folder_of):
+def test_another_tower(models, folder_of, tmp_path):
     folder = folder_of("llava")
     edit(folder / "clip" / "config.json", model_type="siglip")
     refused(folder, "its vision tower is 'siglip', expected 'clip'")
+    models["llava"].save_pretrained(tmp_path / "native")
+    edit(tmp_path / "native" / "config.json", vision_config={"model_type": "pixtral"})
+    refused(tmp_path / "native", "its vision tower is 'pixtral', expected one of ['clip_vision")
 
 
 # ---- the hub's cache ----
@@ -745,13 +830,38 @@ def test_no_room(written, family, monkeypatch):
         written[family], "in torch.float32, and of cpu's memory", "dtype=torch.bfloat16 would fit"
     )
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: need / 2 - 1)
-    refused(written[family], "are free: free some, or take a model of less than 0.0 G weights")
+    refused(written[family], "are free: free some, or take a model of at most 0.00 billion weights")
 
 
-def test_free_memory():
-    free = checkpoint.free_memory(torch.device("cpu"))
+def test_what_would_fit(monkeypatch):
+    free = {"cuda": 9e9, "cpu": 15e9}
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: free[device.type])
+    weights = {"language_model.a": checkpoint.Stored(None, "", (7 * 10**9,), torch.float16)}
+
+    def advice(device: str) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.check_memory("there", weights, torch.device(device), torch.float32)
+        return str(caught.value).partition(" are free: ")[2]
+
+    assert advice("cuda") == "device='cpu' with dtype=torch.bfloat16 would fit, with 14.00 GB"
+    assert advice("cpu") == "dtype=torch.bfloat16 would fit, with 14.00 GB"
+    free["cpu"] = 13e9
+    assert advice("cuda") == "free some, or take a model of at most 4.50 billion weights"
+    free["cuda"] = 28e9
+    checkpoint.check_memory("there", weights, torch.device("cuda"), torch.float32)
+
+
+def test_free_memory(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(checkpoint, "CGROUP", tmp_path)
+    free = checkpoint.free_memory(cpu)
     assert 1e6 < free < 1e15
     assert checkpoint.free_memory(torch.device("meta")) == float("inf")
+    (tmp_path / "memory.stat").write_text("anon 300000\nfile 900000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert checkpoint.free_memory(cpu) == 700000, "in a container"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert checkpoint.free_memory(cpu) > 1e6, "in one without a limit"
 
 
 def test_dtypes():
@@ -805,6 +915,14 @@ def test_the_files_may_change_after_loading(models, folder_of):
 # ---- saving ----
 
 
+def assert_alike(a, b) -> None:
+    parts = [noise(60, 40), "Hi"]
+    assert type(a) is type(b) and same(a, b) and a.image_processor == b.image_processor
+    assert a.chat_prompt(parts) == b.chat_prompt(parts)
+    assert [m.key for m in a.prepare(parts[:1])] == [m.key for m in b.prepare(parts[:1])]
+    assert a.stop_token_ids == b.stop_token_ids
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
 def test_saving(models, family, tmp_path):
     """Also over the folder that the model came from."""
@@ -812,24 +930,58 @@ def test_saving(models, family, tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
         model = load(tmp_path)
-        assert same(model, models[family])
-        assert model.image_processor == models[family].image_processor
-        parts = [noise(60, 40), "Hi"]
-        assert model.chat_prompt(parts) == models[family].chat_prompt(parts)
+        assert_alike(model, models[family])
 
 
-def test_an_original_internvl_is_saved_with_its_prompts(written, tmp_path):
-    model = load(written["internvl"])
-    model.save_pretrained(tmp_path)
-    again = load(tmp_path)
-    assert same(again, model) and again.image_processor == model.image_processor
-    parts = [noise(60, 40), "Hi"]
-    assert again.chat_prompt(parts) == model.chat_prompt(parts)
+@pytest.mark.parametrize("storage", ["shards", "pickles"])
+@in_all_families
+def test_saving_in_the_original_layout(models, written, family, storage, tmp_path):
+    """The same keys in the same folders, but for those that nobody reads."""
+    folder, saved = write(tmp_path / "original", models[family], storage), tmp_path / "saved"
+    model, config = load(folder), json.loads((folder / "config.json").read_text())
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    for place in (saved, folder):
+        model.save_pretrained(place)
+        assert_alike(load(place), model)
+    for place in written[family].glob("**/model.safetensors"):
+        published = {k for k in load_file(place) if not NEEDLESS_KEYS.search(k)}
+        assert set(load_file(saved / place.relative_to(written[family]))) == published
+    assert json.loads((saved / "config.json").read_text()) == config | {"torch_dtype": "float32"}
 
 
-def test_an_original_llava_is_not_saved_as_what_it_is_not(written, tmp_path):
-    with pytest.raises(CheckpointError, match="only the network can be saved"):
-        load(written["llava"]).save_pretrained(tmp_path)
+def test_a_tower_from_the_hub_is_saved_too(models, folder_of, hub, tmp_path):
+    """It lies in the folder then, by its name."""
+    folder = folder_of("llava")
+    shutil.rmtree(folder / "clip")
+    edit(folder / "config.json", mm_vision_tower=CLIP)
+    snapshot = hub(CLIP, lambda snapshot: write_tower(snapshot, models["llava"]))
+    model = load(folder)
+    shutil.rmtree(snapshot)
+    model.save_pretrained(tmp_path / "saved")
+    assert_alike(load(tmp_path / "saved"), model)
+
+
+def test_settings_are_saved_with_the_original_layout(written, tmp_path):
+    llava, llava_next, internvl = (load(written[f]) for f in FAMILIES[:3])
+    llava.config.image_aspect_ratio = None
+    llava_next.config.image_grid_pinpoints = PINPOINTS[1:]
+    internvl.image_processor = replace(internvl.image_processor, min_patches=2, max_patches=6)
+    for model in (llava, llava_next, internvl):
+        model.save_pretrained(tmp_path)
+        assert_alike(load(tmp_path), model)
+
+
+@pytest.mark.parametrize("family", ["llava", "nvila"])
+def test_other_weights_are_not_saved_in_the_original_layout(written, family, tmp_path):
+    model = load(written[family])
+    model.net.lm_head = torch.nn.Linear(48, 7)
+    with pytest.raises(
+        CheckpointError, match="1 missing keys: .*lm_head.bias.* 1 mismatched.*"
+    ) as e:
+        model.save_pretrained(tmp_path)
+    assert "cannot be saved in the layout they came in" in str(e.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -981,6 +1133,29 @@ def test_code_that_comes_along(models, folder_of, monkeypatch):
         monkeypatch.syspath_prepend(folder)
         assert same(load(folder), models[family])
     assert not {"evil", "modeling_internvl_chat"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["original", "native"])
+@pytest.mark.parametrize("family", ["llava", "internvl", "nvila"])
+def test_kernels_from_the_hub(models, folder_of, tmp_path, family, native):
+    """transformers would fetch and run what these entries name."""
+    folder = folder_of(family)
+    if native:
+        models[family].save_pretrained(folder := tmp_path / "native")
+    kernels = {
+        f"{_}{what}_implementation": "evil/kernel"
+        for _ in ("", "_")
+        for what in ("attn", "experts")
+    }
+    for path in folder.glob("**/config.json"):
+        config = json.loads(path.read_text())
+        parts = [v for k, v in config.items() if isinstance(v, dict) and k.endswith("_config")]
+        for part in (config, *parts):
+            part |= kernels
+        write_json(path, config)
+    model = load(folder)
+    assert same(model, models[family])
+    assert "evil" not in model.net.config.to_json_string()
 
 
 def test_code_that_comes_along_with_transformers_layout(models, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import PICTURE, expanded_ids, noise, pixels, tiny_llava
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as hf_logging
 
 import vlmlib
 from vlmlib import CheckpointError
@@ -98,6 +99,15 @@ def test_hub_id_without_a_network(monkeypatch, tmp_path):
     assert "\n" not in str(error)
 
 
+def test_hub_id_when_the_network_is_down(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    error = str(refused("nobody/no-such-model", "it could not be downloaded"))
+    assert "connect" in error.lower() and "\n" not in error
+    assert error.endswith("or download it elsewhere and give its folder")
+
+
 def test_a_file_is_not_a_checkpoint(saved):
     refused(saved / "config.json", "config.json' is not a folder here")
 
@@ -179,11 +189,38 @@ def test_a_shard_is_missing(folder):
     refused(folder, "the weights cannot be read: model-00002-of-.* is missing")
 
 
+def test_a_chat_template_in_a_file_of_its_own(folder, saved):
+    """Where the processors of older checkpoints have it."""
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    prompts = [vlmlib.load(f, device="cpu").chat_prompt(["What?"]) for f in (folder, saved)]
+    assert prompts[0] == prompts[1]
+
+
 @pytest.mark.parametrize("text", [None, "{", "{}"], ids=["missing", "cut", "empty"])
 def test_broken_tokenizer(folder, text):
     path = folder / "tokenizer.json"
     path.unlink() if text is None else path.write_text(text)
-    refused(folder, "broken: configuration and tokenizer cannot be read")
+    refused(folder, "broken: (tokenizer cannot be read|holds none of tokenizer.json, vocab.json)")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_nothing_is_printed(saved, tmp_path, on, capfd):
+    """And transformers' switch for its progress bars stays as it was, also after an error."""
+    before = hf_logging.is_progress_bar_enabled()
+    try:
+        (hf_logging.enable_progress_bar if on else hf_logging.disable_progress_bar)()
+        model = vlmlib.load(saved, device="cpu")
+        model.save_pretrained(tmp_path / "saved")
+        assert hf_logging.is_progress_bar_enabled() is on
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError):
+            model.save_pretrained(tmp_path / "file" / "in it")
+        assert hf_logging.is_progress_bar_enabled() is on
+    finally:
+        (hf_logging.enable_progress_bar if before else hf_logging.disable_progress_bar)()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_llavas_own_call():

@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
 )
+from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, DeviceError
 
@@ -64,6 +66,9 @@ OPTIONAL = re.compile(
 )
 """Weights that no layout needs: they may be there or not."""
 
+CODE = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?")
+"""Entries of a config.json, at any depth, that name code for transformers to fetch and run."""
+
 PARTS = {
     "language_model": ("language_model", "lm_head", "llm"),
     "vision_tower": ("vision_tower",),
@@ -75,7 +80,13 @@ TOKENIZERS = {
     "vocab.json": Qwen2Tokenizer,
     "tokenizer.model": LlamaTokenizer,
 }
-"""File -> what it makes; where there are several, the first counts."""
+"""File -> what reads it; where there are several, the first counts."""
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container finds its limits. Source: linux:Documentation/admin-guide/cgroup-v2.rst."""
+
+SHOWN = 10
+"""Keys that an error lists of each kind; of the others it tells the number."""
 
 Progress = Callable[[int, int], None]
 """Told (bytes read, bytes in all) after every tensor."""
@@ -121,6 +132,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def without_code(config: Any) -> Any:
+    """A copy of a configuration, without what would make transformers fetch and run code."""
+    if isinstance(config, dict):
+        return {k: without_code(v) for k, v in config.items() if not CODE.fullmatch(k)}
+    return [without_code(v) for v in config] if isinstance(config, list) else config
+
+
 def check_links(folder: Path, root: Path | None = None) -> None:
     """Raise CheckpointError for a link in `folder` that leads out of it (or of `root`, which it is
     in), but for those of the hub's cache (`snapshots/REVISION`), which lead to its `blobs`.
@@ -145,7 +163,10 @@ def stored_weights(folder: Path) -> Weights:
         if not path.is_file():
             raise CheckpointError(f"{folder}: the weights cannot be read: {path.name} is missing")
         with blaming(path, "weights"):
-            stored |= (_read_header if path.suffix == ".safetensors" else _read_pickle)(path)
+            found = (_read_header if path.suffix == ".safetensors" else _read_pickle)(path)
+        if twice := stored.keys() & found.keys():
+            raise CheckpointError(f"{path}: holds keys of another file again: {_listed(twice)}")
+        stored |= found
     return stored
 
 
@@ -267,15 +288,15 @@ def _plan(folder: Path, net: nn.Module, weights: Weights) -> dict[str, Rows]:
         "unexpected": {rows[n][0].key for n in rows.keys() - own.keys() if not OPTIONAL.search(n)},
         "mismatched": out_of_place.values(),
     }
-    told = []
-    for what, keys in report.items():
-        shown = ", ".join(sorted(keys)[:5]) + (
-            f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        )
-        told += [f"{len(keys)} {what} keys: {shown}"] if keys else []
-    if told:
-        raise CheckpointError(f"{folder}: {'; '.join(told)}")
+    wrong = [f"{len(keys)} {what} keys: {_listed(keys)}" for what, keys in report.items() if keys]
+    if wrong:
+        raise CheckpointError(f"{folder}: {'; '.join(wrong)}")
     return {own[name][0]: rows[name] for name in own.keys() & rows.keys()}
+
+
+def _listed(keys: Collection[str]) -> str:
+    more = len(keys) - SHOWN
+    return ", ".join(sorted(keys)[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- memory ----
@@ -317,7 +338,19 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    return psutil.virtual_memory().available if device.type in ("cpu", "mps") else float("inf")
+    if device.type in ("cpu", "mps"):
+        return min(psutil.virtual_memory().available, _left_in_container())
+    return float("inf")
+
+
+def _left_in_container() -> float:
+    """Bytes up to the limit of a Linux container, which psutil does not know."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = dict(map(str.split, (CGROUP / "memory.stat").read_text().splitlines()))
+        return limit - int(used["anon"])
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit
+        return float("inf")
 
 
 def check_memory(folder: Path, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
@@ -326,17 +359,21 @@ def check_memory(folder: Path, weights: Weights, device: torch.device, dtype: to
     need, small = (sum(memory_by_part(weights, d).values()) for d in (dtype, half))
     if need <= free:
         return
-    advice = f"free some, or take a model of less than {free / half.itemsize / 1e9:.1f} G weights"
+    most = free / half.itemsize / 1e9
+    advice = f"free some, or take a model of at most {most:.2f} billion weights"
     if small <= free:
-        advice = f"dtype={half} would fit, with {_gb(small)}"
+        advice = f"dtype={half} would fit, with {told(small)}"
+    elif small <= free_memory(torch.device("cpu")):
+        advice = f"device='cpu' with dtype={half} would fit, with {told(small)}"
     raise CheckpointError(
-        f"{folder}: its weights take {_gb(need)} in {dtype}, and of {device}'s memory {_gb(free)} "
-        f"are free: {advice}"
+        f"{folder}: its weights take {told(need)} in {dtype}, and of {device}'s memory "
+        f"{told(free)} are free: {advice}"
     )
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def told(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 # ---- a network ----
@@ -409,6 +446,61 @@ def _real_buffers(net: nn.Module, device: torch.device) -> None:
                 module.register_buffer(name, buffer.to(device), persistent=False)
 
 
+def save_net(net: PreTrainedModel, folder: Path) -> None:
+    """Weights and configuration as transformers writes them, without its progress bar."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        net.save_pretrained(folder)
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a network lay in a checkpoint, to save it in the same layout.
+
+    weights   by canonical name
+    folders   name inside the checkpoint -> (where it was, its config.json); the last one also has
+              the preprocessing
+    settings  model -> those of its settings that are in the first config.json
+    """
+
+    weights: Weights
+    folders: Mapping[str, tuple[Path, dict[str, Any]]]
+    settings: Callable[[Any], dict[str, Any]]
+
+    def save(self, folder: Path, model: Any) -> None:
+        """Write all but the tokenizer of a VisionLanguageModel. Raises CheckpointError if it has
+        other weights by now; until then nothing is written.
+        """
+        try:
+            plan = _plan(folder, model.whole_net, self.weights)
+        except CheckpointError as e:
+            raise CheckpointError(
+                f"{e}: weights of another shape or name cannot be saved in the layout they came in"
+            ) from None
+        state, parts = model.whole_net.state_dict(), {}
+        for name, (weight, i, _) in plan.items():
+            parts.setdefault((weight.path.parent, weight.key), {})[i] = state[name]
+        dtype, settings = str(model.dtype).removeprefix("torch."), self.settings(model)
+        for name, (place, config) in self.folders.items():
+            (into := folder / name).mkdir(parents=True, exist_ok=True)
+            if own := {k: _joined(p) for (where, k), p in parts.items() if where == place}:
+                save_torch_state_dict(own, into)
+            settings["dtype" if "dtype" in config else "torch_dtype"] = dtype
+            write_json(into / "config.json", config | settings)
+            settings = {}
+        write_json(into / "preprocessor_config.json", model.processor_config())
+        model.net.generation_config.save_pretrained(folder)
+
+
+def _joined(parts: Mapping[int, Tensor]) -> Tensor:
+    """Equal parts of a tensor by number -> the tensor."""
+    return torch.cat([parts[i] for i in sorted(parts)]) if len(parts) > 1 else parts[0]
+
+
 def finish(net: PreTrainedModel, folder: Path) -> None:
     """What is no weight of its own: tied embeddings, and how the checkpoint generates."""
     net.tie_weights()
@@ -419,20 +511,22 @@ def finish(net: PreTrainedModel, folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """tokenizer.json exactly as it is (AutoTokenizer would make any into one of Qwen2); or Qwen2's
-    vocab.json and merges.txt; or Llama's tokenizer.model.
+    vocab.json and merges.txt; or Llama's tokenizer.model. Its chat template may be beside it in
+    chat_template.json, as processors had it before transformers 5. Raises CheckpointError.
     """
-    for name, loader in TOKENIZERS.items():
-        if (folder / name).is_file():
-            with blaming(folder, "tokenizer"):
-                return loader.from_pretrained(folder)
-    raise CheckpointError(f"{folder}: holds none of {', '.join(TOKENIZERS)}")
+    loader = next((TOKENIZERS[name] for name in TOKENIZERS if (folder / name).is_file()), None)
+    if loader is None:
+        raise CheckpointError(f"{folder}: holds none of {', '.join(TOKENIZERS)}")
+    with blaming(folder, "tokenizer"):
+        tokenizer = loader.from_pretrained(folder)
+        if not tokenizer.chat_template and (folder / "chat_template.json").is_file():
+            tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
+    return tokenizer
 
 
 @contextlib.contextmanager
 def blaming(place: Path, what: str) -> Iterator[None]:
-    """Whatever is raised on a broken file becomes a CheckpointError that names the place, with the
-    first line of what a library says.
-    """
+    """Whatever is raised on a broken file becomes a CheckpointError that names the place."""
     try:
         yield
     except CheckpointError as e:
@@ -440,7 +534,9 @@ def blaming(place: Path, what: str) -> Iterator[None]:
             raise
         raise CheckpointError(f"{place}: {e}") from None
     except Exception as e:
-        first_line = next(iter(str(e).strip().splitlines()), "")
-        raise CheckpointError(
-            f"{place}: {what} cannot be read ({type(e).__name__}: {first_line})"
-        ) from e
+        raise CheckpointError(f"{place}: {what} cannot be read ({in_one_line(e)})") from e
+
+
+def in_one_line(e: Exception) -> str:
+    """What a library says is wrong: the kind, and the first line."""
+    return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')}"

@@ -43,6 +43,9 @@ FAMILIES = {
 """transformers' model_type -> (vlmlib's class, transformers' class)."""
 
 
+TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """
@@ -52,6 +55,7 @@ class Layout:
     expected   entries of config.json, and the values that vlmlib can run
     tower      entry of config.json that names another checkpoint, of its tower
     settle     (model, config.json): what differs from transformers' layout besides the network
+    settings   model -> those of its settings that config.json has, to save them
     """
 
     marker: str
@@ -60,6 +64,7 @@ class Layout:
     expected: Mapping[str, Collection] = field(default_factory=dict)
     tower: str | None = None
     settle: Callable[[VisionLanguageModel, Config], None] | None = None
+    settings: Callable[[VisionLanguageModel], Config] | None = None
 
     def check(self, config: Config) -> None:
         """Raise CheckpointError for what vlmlib cannot run."""
@@ -83,7 +88,10 @@ def _native(config: Config, tower: Config) -> PretrainedConfig:
         raise CheckpointError(
             f"config.json has model_type {model_type!r}, expected one of {list(FAMILIES)}"
         )
-    return FAMILIES[model_type][1].config_class.from_dict(config)
+    made = FAMILIES[model_type][1].config_class.from_dict(config)
+    if (tower := made.vision_config.model_type) not in TOWERS:
+        raise CheckpointError(f"its vision tower is {tower!r}, expected one of {list(TOWERS)}")
+    return made
 
 
 LLAVA_TEXT = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
@@ -125,6 +133,13 @@ def _settle_llava(model: Llava, config: Config) -> None:
     model.rounding = "original"
 
 
+def _llava_settings(model: Llava) -> Config:
+    made = {"image_aspect_ratio": model.config.image_aspect_ratio}
+    if isinstance(model, LlavaNext):
+        made["image_grid_pinpoints"] = [list(size) for size in model.pinpoints]
+    return made
+
+
 def _internvl(config: Config, tower: Config) -> InternVLConfig:
     vision, llm = config["vision_config"], config["llm_config"]
     if llm["model_type"] != "qwen2":
@@ -157,6 +172,12 @@ def _settle_internvl(model: InternVL, config: Config) -> None:
     model.config.image_seq_length = model.tokens_per_tile
 
 
+def _internvl_settings(model: InternVL) -> Config:
+    p = model.image_processor
+    cut = {"min_dynamic_patch": p.min_patches, "max_dynamic_patch": p.max_patches}
+    return {"dynamic_image_size": True} | cut
+
+
 _TOWER = r"^vision_tower\."
 _LAYER = r"^(vision_tower\.encoder\.)layers\.(\d+)\."
 LAYOUTS = {
@@ -179,6 +200,7 @@ LAYOUTS = {
         },
         tower="mm_vision_tower",
         settle=_settle_llava,
+        settings=_llava_settings,
     ),
     "original InternVL": Layout(
         r"^mlp1\.",
@@ -212,6 +234,7 @@ LAYOUTS = {
             "pad2square": (False, None),
         },
         settle=_settle_internvl,
+        settings=_internvl_settings,
     ),
     "transformers": Layout("", _native),
 }

@@ -9,7 +9,6 @@ Sources: LLaVA:llava/model, llm-awq:tinychat/stream_generators.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import nan
@@ -28,7 +27,7 @@ from transformers import (
 from .cache import KVCache
 from .conversation import Conversation
 from .decoding import Chunk, Turn
-from .errors import CacheError, CheckpointError, ShapeError
+from .errors import CacheError, ShapeError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium
@@ -133,17 +132,6 @@ class Llava(VisionLanguageModel):
 
     def processor_config(self) -> dict[str, Any]:
         return super().processor_config() | {"do_pad": self.image_processor.do_pad}
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """As of every model. Raises CheckpointError for one from an original checkpoint: what it
-        does besides transformers' network is not written in transformers' layout.
-        """
-        if self.conversation is not None:
-            raise CheckpointError(
-                f"{self.name}: of an original LLaVA only the network can be saved: "
-                "model.net.save_pretrained"
-            )
-        super().save_pretrained(folder)
 
     @property
     def stop_token_ids(self) -> list[int]:

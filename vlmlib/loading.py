@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
-from transformers import AutoTokenizer
 
 from .checkpoint import (
+    Origin,
     Progress,
     Weights,
     blaming,
@@ -24,12 +24,14 @@ from .checkpoint import (
     fill,
     find_device,
     finish,
+    in_one_line,
     is_tied,
     load_tokenizer,
     memory_by_part,
     read_config,
     renamed,
     stored_weights,
+    without_code,
 )
 from .errors import CheckpointError
 from .images import ImageProcessor
@@ -62,7 +64,8 @@ def load(
     dtype       default: on a GPU the checkpoint's own; on a CPU float32 for small models (under
                 200 MB of weights) and bfloat16 for large ones
     revision    commit, tag or branch of a hub id
-    progress    told (bytes read, bytes in all) while weights are read
+    progress    told (bytes read, bytes in all) while weights are read; a download has the bars of
+                huggingface_hub, and nothing else is shown
 
     What a folder is shows by its files and keys, whatever its name: transformers' LLaVA-1.5 and
     1.6 and InternVL3, the original ones of these three, and both layouts of NVILA. No code from a
@@ -169,18 +172,14 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
         tower = read_config(opened.tower) if opened.tower else {}
         for values in (opened.config, tower):
             check_depth(values, weights)
-        config = layout.translate(opened.config, tower)
+        config = layout.translate(without_code(opened.config), without_code(tower))
         text, vision = config.text_config, config.vision_config
         config.tie_word_embeddings = text.tie_word_embeddings = is_tied(weights)
         if vision.model_type == "siglip_vision_model":
             vision.vision_use_head = False  # nobody reads it
     config.dtype = text.dtype = vision.dtype = dtype = dtype or default_dtype(weights, device)
-    with blaming(folder, "configuration and tokenizer"):
-        if layout is LAYOUTS["transformers"]:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        else:
-            tokenizer = load_tokenizer(folder)
     family, net_class = FAMILIES[config.model_type]
+    tokenizer = load_tokenizer(folder)
     processor = ImageProcessor.from_folder(opened.tower or folder)
     net = fill(folder, lambda: net_class(config), weights, device, dtype, progress)
     finish(net, folder)
@@ -188,6 +187,10 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
     if layout.settle:
         with blaming(folder, "configuration"):
             layout.settle(model, opened.config)
+        folders = {"": (folder, opened.config)}
+        if opened.tower:
+            folders[opened.config[layout.tower]] = opened.tower, tower
+        model.origin = Origin(weights, folders, layout.settings)
     return model
 
 
@@ -223,7 +226,7 @@ def _download(
         if files == FILES and not any(found.rglob("*.safetensors")):
             ask(revision=found.name, allow_patterns=[*files, *PICKLES])
     except Exception as e:
-        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else type(e).__name__
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else in_one_line(e)
         raise CheckpointError(
             f"{name!r} is neither a folder here nor in the hub's cache, and it could not be "
             f"downloaded ({why}): check the name and the network, or download it "

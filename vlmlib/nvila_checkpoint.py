@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from .checkpoint import (
+    Origin,
     Progress,
     Weights,
     blaming,
@@ -44,7 +45,9 @@ from .checkpoint import (
     load_tokenizer,
     read_config,
     renamed,
+    save_net,
     stored_weights,
+    without_code,
     write_json,
 )
 from .errors import CheckpointError, ShapeError
@@ -190,12 +193,13 @@ def load_parts(
 
     def make() -> nn.ModuleDict:
         projector = build_projector(kind, tower.hidden_size * scales, llm.hidden_size)
-        parts = (Qwen2ForCausalLM(llm), SiglipVisionModel(tower), projector)
-        return nn.ModuleDict(dict(zip(PARTS, parts, strict=True)))
+        return whole_net(Qwen2ForCausalLM(llm), SiglipVisionModel(tower), projector)
 
     net = fill(folder, make, weights, device, dtype, progress)
     finish(net["llm"], folder / "llm" if split else folder)
+    origin = Origin(weights, {"": (folder, read_config(folder))}, settings=lambda model: {})
     return {
+        "origin": None if split else origin,
         "config": config,
         "llm": net["llm"],
         "vision_tower": wrap_tower(net["vision_tower"], config),
@@ -205,10 +209,15 @@ def load_parts(
     }
 
 
+def whole_net(llm: nn.Module, vision_tower: nn.Module, mm_projector: nn.Module) -> nn.ModuleDict:
+    """The parts by the names that checkpoints have for them."""
+    return nn.ModuleDict(dict(zip(PARTS, (llm, vision_tower, mm_projector), strict=True)))
+
+
 def _of_three_folders(folder: Path, weights: Weights) -> NVILAConfig:
     parts = {}
     for part, (name, model_type) in PARTS.items():
-        parts[name] = read_config(folder / part)
+        parts[name] = without_code(read_config(folder / part))
         if (found := parts[name].get("model_type")) != model_type:
             raise CheckpointError(
                 f"{folder / part}: model_type is {found!r}, expected {model_type!r}"
@@ -220,7 +229,7 @@ def _of_one_folder(folder: Path, weights: Weights) -> NVILAConfig:
     """The published code has the projector and how pictures are cut as constants; here the
     projector's weights tell them. Source: sglang:python/sglang/srt/models/nvila.py, nvila_lite.py.
     """
-    config = read_config(folder)
+    config = without_code(read_config(folder))
     llm, tower = config["text_config"], config["vision_config"]
     lite = "mm_projector.layers.7.weight" in weights
     kind, factor = ("mlp_downsample_3x3_fix", 3) if lite else ("mlp_downsample", 2)
@@ -247,7 +256,7 @@ def wrap_tower(net: SiglipVisionModel, config: NVILAConfig) -> SiglipTower:
 
 
 def save_llm(folder: Path, llm: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    llm.save_pretrained(folder)
+    save_net(llm, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -108,8 +108,10 @@ class LlavaMetaModel:
         progress: Progress | None = None,
     ):
         """A model from its folder, parameters as of `vlmlib.load`. Raises CheckpointError."""
+        parts = nvila_checkpoint.load_parts(Path(folder), device, dtype, progress)
         model = cls.__new__(cls)
-        model.init_vlm(**nvila_checkpoint.load_parts(Path(folder), device, dtype, progress))
+        model.origin = parts.pop("origin")
+        model.init_vlm(**parts)
         return model
 
     def save_pretrained(self, output_dir: str | os.PathLike) -> None:
