@@ -9,7 +9,7 @@ others are ordinary conversations, so that a second question works too.
 
 Prompts and pixels are those of the model itself, so that training reads what inference reads.
 
-Axes: b sequences, n tokens, t tiles of all pictures, p patches of a tile.
+Axes: b sequences, n tokens, t tiles of all pictures, p patches of a tile, c what is read off each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,8 +33,6 @@ from .clips import Clip, ask_clip, frames, train_clip
 from .model import PATCH, PIXELS
 from .scenes import (
     COLOURS,
-    LABELS,
-    PRINT_HEIGHT,
     PRINTS,
     QA,
     RADII,
@@ -82,19 +81,21 @@ CLIP_WEIGHTS = {
 class Share:
     """How much of the training stream is of one content, and what is asked about it.
 
-    weights  how often each kind of question is asked
-    usual    the kind that is asked about every other one besides; it can always be asked
+    weights   how often each kind of question is asked
+    usual     the kind that is asked about every other one besides; it can always be asked
+    close_up  share that is shown as `close_up`
     """
 
     of_all: float
     weights: Mapping[str, float]
     usual: str
+    close_up: float = 0.0
 
 
 SCENES_AND_CLIPS = {
-    "scene": Share(0.45, WEIGHTS, "caption"),
-    "print": Share(0.35, WEIGHTS | PRINT_WEIGHTS, "caption"),
-    "clip": Share(0.2, CLIP_WEIGHTS, "happens"),
+    "scene": Share(0.4, WEIGHTS, "caption"),
+    "print": Share(0.45, WEIGHTS | PRINT_WEIGHTS, "caption", close_up=0.7),
+    "clip": Share(0.15, CLIP_WEIGHTS, "happens"),
 }
 MIXES = {
     "llava": {
@@ -108,10 +109,21 @@ MIXES = {
 for small print like the others, but not for things that it may not see.
 """
 
+TO_READ = {
+    "scene": Share(0.3, WEIGHTS, "caption"),
+    "print": Share(0.7, PRINT_WEIGHTS, "find_print", close_up=0.9),
+}
+LOOKS = {"llava": MIXES["llava"], "nvila": TO_READ, "internvl": TO_READ}
+"""What each family's tower looks at first: letters take it the longest to tell apart."""
+
 FRAMES = 8
 """Of a clip, for a model to look at."""
 
-TOGETHER = 8
+TOGETHER = 4
+
+CHARACTERS = sorted({character for text in PRINTS for character in text})
+READ_FROM = 7
+"""Small print is read off a tile if its font size there is so many pixels."""
 
 CONTENTS = {"scene": train_scene, "print": train_detail_scene, "clip": train_clip}
 
@@ -221,11 +233,11 @@ class Batch:
     positions: Tensor  # (b, n)
     blocks: Tensor  # (b, n), PADDING where there is none
     targets: Tensor  # (b, n), what the token *is*; IGNORE where nothing is learnt
-    patches: Tensor  # (t, 5, p), see `patch_targets`
+    patches: Tensor  # (t, c, p), see `patch_targets`
 
 
 def collate(rows: Sequence[Row], patches: Sequence[np.ndarray]) -> Batch:
-    """Pad sequences to one length and put everything together; (t, 5, p) patch targets a row."""
+    """Pad sequences to one length and put everything together; (t, c, p) patch targets a row."""
     longest = max(len(row.tokens.ids) for row in rows)
     media = [m for row in rows for m in row.media]
 
@@ -262,16 +274,25 @@ def attention_mask(blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 Region = Sequence[float]
 
 
+def close_up(scene: Scene) -> Scene:
+    """A scene with small print on a single tile, the print as large as in the tiles of a large
+    picture: many times the practice in reading for the same work.
+    """
+    side = 3 * PIXELS  # of a large picture in tiles
+    print_height = scene.print_height * side / PIXELS
+    return replace(scene, size=(PIXELS, PIXELS), print_height=print_height)
+
+
 def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1, 1)) -> np.ndarray:
-    """(5, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size, label
-    and small print; 0 is none.
+    """(6, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size and three
+    characters of what is written there, label or small print; 0 is none.
 
     size    (width, height) of the picture
     region  what the tile shows of it, as in `Medium.regions`
 
-    A patch belongs to a thing if its centre lies in the thing's outline, and to its small print if
-    it lies in the box of the text; both are taken as one and a half patches wide at least, so that
-    none goes unseen. In a tile of more than half of the picture's width, small print is IGNOREd.
+    A patch belongs to a thing and to its label if its centre lies in the thing's outline, and to
+    its small print if it lies in the box of the text; both are taken as one and a half patches wide
+    at least, so that none goes unseen. Small print below READ_FROM pixels is IGNOREd.
     """
     side = PIXELS // PATCH
     (width, height), (left, top, right, bottom) = size, region
@@ -279,7 +300,8 @@ def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1
     steps = np.arange(side) + 0.5
     centres_x = left * width + steps[None] * patch[0]
     centres_y = top * height + steps[:, None] * patch[1]
-    classes = np.zeros((5, side, side), dtype=np.int64)
+    letter = scene.print_height * max(size)
+    classes = np.zeros((len(PATCH_CLASSES), side, side), dtype=np.int64)
     for thing in scene.things:
         x, y, radius = outline(thing, width, height)
         away = centres_x - x, centres_y - y
@@ -288,22 +310,23 @@ def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1
             1 + SHAPES.index(thing.shape),
             1 + tuple(COLOURS).index(thing.colour),
             1 + tuple(RADII).index(thing.size),
-            1 + LABELS.index(thing.label) if thing.label else 0,
         )
         for plane, value in zip(classes, values, strict=False):
             plane[inside] = value
         if thing.print:
-            letter = PRINT_HEIGHT * max(size)
             half = 0.35 * letter * len(thing.print), 0.35 * letter
             reach = [max(h, 0.75 * p) for h, p in zip(half, patch, strict=True)]
             inside = (abs(away[0]) <= reach[0]) & (abs(away[1]) <= reach[1])
-            classes[4][inside] = 1 + PRINTS.index(thing.print)
-    if right - left > 0.501:
-        classes[4] = IGNORE
-    return classes.reshape(5, -1)
+        for plane, character in zip(classes[WRITTEN], thing.label or thing.print, strict=False):
+            plane[inside] = 1 + CHARACTERS.index(character)
+    if letter * PATCH / max(patch) < READ_FROM and any(thing.print for thing in scene.things):
+        classes[WRITTEN] = IGNORE
+    return rearrange(classes, "c y x -> c (y x)")
 
 
-PATCH_CLASSES = tuple(1 + len(x) for x in (SHAPES, COLOURS, RADII, LABELS, PRINTS))
+PATCH_CLASSES = tuple(1 + len(values) for values in (SHAPES, COLOURS, RADII, *[CHARACTERS] * 3))
+WRITTEN = slice(3, None)
+"""The classes that are characters."""
 
 
 def frame_moments(offset: float) -> list[float]:
@@ -336,6 +359,7 @@ def _as_typed(qa: QA, rng: random.Random) -> QA:
 class Stream(Dataset):
     """Item s is the work of step s of the run with this seed; no questions in `look_steps`.
 
+    Of `part` (i, n) that is every n-th sequence from number i on: the share of one of n processes.
     The sequences come in batches of `TOGETHER`, sorted by length: scenes, tiled pictures and clips
     differ so much that half of one large batch would be padding.
     """
@@ -347,18 +371,21 @@ class Stream(Dataset):
         seed: int = 0,
         asked: int = 10,
         look_steps: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.writer = Writer(model)
-        self.mix = MIXES[model.family]
+        self.mixes = LOOKS[model.family], MIXES[model.family]
         self.batch_size = batch_size
         self.seed = seed
         self.asked = asked
         self.look_steps = look_steps
+        self.part = part
 
     def __getitem__(self, step: int) -> list[Batch]:
         first = self.seed * 10**9 + step * self.batch_size
         asked = 0 if step < self.look_steps else self.asked
-        rows = [self._row(first + index, asked) for index in range(self.batch_size)]
+        mine = range(self.part[0], self.batch_size, self.part[1])
+        rows = [self._row(first + index, asked) for index in mine]
         rows.sort(key=lambda pair: len(pair[0].tokens.ids))
         groups = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
         batches = [collate(*zip(*group, strict=True)) for group in groups]
@@ -367,13 +394,16 @@ class Stream(Dataset):
         return batches
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
-        shares = [share.of_all for share in self.mix.values()]
-        (content,) = random.Random(f"content {index}").choices(tuple(self.mix), shares)
-        shown, rng = CONTENTS[content](index), random.Random(index)
-        pairs = choose_questions(shown, self.mix[content], rng, asked) if asked else []
+        mix = self.mixes[asked > 0]
+        shares = [share.of_all for share in mix.values()]
+        (content,) = random.Random(f"content {index}").choices(tuple(mix), shares)
+        shown, rng, share = CONTENTS[content](index), random.Random(index), mix[content]
+        pairs = choose_questions(shown, share, rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
         moments = frame_moments(rng.uniform(0, 0.5))
+        if share.close_up and rng.random() < share.close_up:
+            shown = close_up(shown)
         if content == "clip":
             pictures = frames(shown, moments, PIXELS)
         else:

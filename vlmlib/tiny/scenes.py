@@ -55,7 +55,7 @@ WORDS = (
     "PEN", "PIE", "PIG", "RAT", "SEA", "SKY", "SUN", "TEA", "TOY", "VAN", "WEB", "ZOO",
 )  # fmt: skip
 PRINTS = WORDS + tuple(str(number) for number in range(10, 100))
-PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of the picture
+PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of a large picture
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 MAX_THINGS = 5
 
@@ -123,7 +123,8 @@ class Scene:
 
     `corners` are the background colours of the four corners, `gain` is the brightness and `noise`
     the standard deviation of the grain, in grey levels of 255. `size` is that of the picture in
-    pixels, (width, height), unless it is drawn at another one.
+    pixels, (width, height), unless it is drawn at another one; `print_height` is the font size of
+    small print, as a fraction of the longer side.
     """
 
     things: tuple[Thing, ...]
@@ -132,6 +133,7 @@ class Scene:
     noise: float = 0.0
     noise_seed: int = 0
     size: tuple[int, int] = (112, 112)
+    print_height: float = PRINT_HEIGHT
 
     def __post_init__(self) -> None:
         places = [thing.place for thing in self.things]
@@ -303,7 +305,7 @@ def draw(
     canvas = canvas.resize(big, Image.Resampling.BILINEAR)
     brush = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        _draw_thing(brush, thing, big)
+        _draw_thing(brush, thing, big, scene.print_height)
     return _develop(canvas.resize((width, height), Image.Resampling.BOX), scene)
 
 
@@ -314,7 +316,9 @@ def outline(thing: Thing, width: float, height: float) -> tuple[float, float, fl
     return x, y, RADII[thing.size] * thing.scale * min(width, height) / 3
 
 
-def _draw_thing(brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int, int]) -> None:
+def _draw_thing(
+    brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int, int], print_height: float
+) -> None:
     x, y, radius = outline(thing, *canvas_size)
     shades = zip(COLOURS[thing.colour], thing.tint, strict=True)
     fill = tuple(min(255, max(0, shade + tint)) for shade, tint in shades)
@@ -324,7 +328,7 @@ def _draw_thing(brush: ImageDraw.ImageDraw, thing: Thing, canvas_size: tuple[int
         brush.polygon(_corners(thing.shape, x, y, radius, math.radians(thing.angle)), fill=fill)
     if text := thing.label or thing.print:
         ink = "black" if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 127 else "white"
-        size = 1.1 * radius if thing.label else PRINT_HEIGHT * max(canvas_size)
+        size = 1.1 * radius if thing.label else print_height * max(canvas_size)
         brush.text((x, y), text, fill=ink, font=_font(round(size)), anchor="mm")
 
 
@@ -693,6 +697,36 @@ def example_scenes() -> dict[str, Scene]:
         ),
         ((46, 48, 52), (34, 36, 40), (50, 50, 54), (30, 32, 38)),
     )
+    square = Scene(
+        (
+            Thing("circle", "red", "large", 0, print="FOX"),
+            Thing("square", "blue", "large", 2, print="47", angle=5),
+            Thing("star", "yellow", "small", 4),
+            Thing("diamond", "green", "large", 7, print="SUN"),
+            Thing("triangle", "orange", "large", 8, print="92"),
+        ),
+        light,
+        size=(336, 336),
+    )
+    wide = Scene(
+        (
+            Thing("star", "purple", "large", 0, print="KEY"),
+            Thing("circle", "orange", "large", 2, print="15"),
+            Thing("square", "green", "large", 7, print="OWL", angle=-5),
+        ),
+        dark,
+        size=(372, 248),
+    )
+    tall = Scene(
+        (
+            Thing("triangle", "blue", "large", 0, print="TEA"),
+            Thing("circle", "yellow", "large", 5, print="83"),
+            Thing("diamond", "red", "large", 6, print="36", angle=4),
+            Thing("square", "purple", "small", 8),
+        ),
+        ((232, 238, 244),) * 4,
+        size=(240, 360),
+    )
     return {
         "three-shapes": left_of,
         "letters-and-numbers": letters,
@@ -701,6 +735,9 @@ def example_scenes() -> dict[str, Scene]:
         "one-triangle": single,
         "four-circles": sizes,
         "five-shapes": five,
+        "small-print": square,
+        "small-print-wide": wide,
+        "small-print-tall": tall,
     }
 
 
@@ -716,18 +753,20 @@ def _answered_by(checkpoint: Path) -> Callable[[Image.Image, QA], bool]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the example pictures.")
     parser.add_argument("--out", type=Path, default=Path("data/images"))
-    parser.add_argument("--size", type=int, default=336, help="side in pixels")
+    parser.add_argument("--size", type=int, default=336, help="side of plain scenes in pixels")
     parser.add_argument(
-        "--checkpoint", type=Path, help="list only the questions that this model answers right"
+        "--checkpoint", type=Path, help="list of plain scenes only what this model answers right"
     )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     right = _answered_by(options.checkpoint) if options.checkpoint else lambda picture, qa: True
     described = {}
     for name, scene in example_scenes().items():
-        picture = draw(scene, options.size)
+        detailed = any(thing.print for thing in scene.things)
+        picture = draw(scene, None if detailed else options.size)
         picture.save(options.out / f"{name}.png", optimize=True)
-        pairs = [asdict(qa) for qa in questions(scene, random.Random(0)) if right(picture, qa)]
+        asked = questions(scene, random.Random(0))
+        pairs = [asdict(qa) for qa in asked if detailed or right(picture, qa)]
         described[f"{name}.png"] = {"scene": scene.to_dict(), "questions": pairs}
     text = json.dumps(described, indent=1) + "\n"
     (options.out / "scenes.json").write_text(text, encoding="utf-8")
