@@ -30,7 +30,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from test_internvl import SPECIAL, TILE, tiny_internvl
 from tokenizers.pre_tokenizers import Sequence, Split
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, MistralConfig, Qwen3Config
 
 import vlmlib
 from vlmlib import CheckpointError, GenParams, checkpoint, tiling
@@ -426,6 +426,29 @@ def test_logits_are_those_of_transformers(models, tmp_path, family):
     assert torch.equal(ours.net.generate(input_ids=ids, **options), expected)
 
 
+@pytest.mark.parametrize("text", [MistralConfig, Qwen3Config])
+def test_other_language_models(models, tmp_path, text):
+    """As llava-v1.6-mistral-7b-hf and the younger InternVLs have."""
+    config = copy.deepcopy(models["internvl"].net.config)
+    known = config.text_config.to_dict()
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    names += "num_key_value_heads vocab_size max_position_embeddings eos_token_id"
+    config.text_config = text(**{k: known[k] for k in names.split()}, head_dim=8)
+    made = vlmlib.InternVL(
+        type(models["internvl"].net)(config).eval(), models["internvl"].tokenizer
+    )
+    made.save_pretrained(tmp_path)
+    ours, theirs = load(tmp_path), type(made.net).from_pretrained(tmp_path).eval()
+    assert type(ours.config.text_config) is text
+    media, prompt = ours.prepare([noise(40, 30)]), PROMPTS["internvl"]
+    ids = ids_of(ours.stream_prompt(prompt, media, GREEDY, trace=0))
+    again = vlmlib.InternVL(theirs, ours.tokenizer, ours.image_processor)
+    with torch.inference_mode():
+        logits = [m.turn(prompt, media).prefill() for m in (ours, again)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-6
+    assert ids == ids_of(again.stream_prompt(prompt, media, GREEDY, trace=0))
+
+
 def test_the_original_prompts_and_pictures(written, models):
     parts = [noise(64, 48), "What <image> is </s> this?"]
     llava, llava_next, internvl = (load(written[f]) for f in FAMILIES[:3])
@@ -742,7 +765,7 @@ def test_another_tower(models, folder_of, tmp_path):
     refused(folder, "its vision tower is 'siglip', expected 'clip'")
     models["llava"].save_pretrained(tmp_path / "native")
     edit(tmp_path / "native" / "config.json", vision_config={"model_type": "pixtral"})
-    refused(tmp_path / "native", "its vision tower is 'pixtral', expected one of ['clip_vision")
+    refused(tmp_path / "native", "vision_config has model_type 'pixtral', expected one of")
 
 
 # ---- the hub's cache ----
@@ -1104,6 +1127,16 @@ def test_links_that_lead_out(folder_of, tmp_path, place):
     refused(folder, str(folder / place))
 
 
+def test_a_tower_behind_links(folder_of, tmp_path):
+    folder = folder_of("llava")
+    (tmp_path / "outside").mkdir()
+    (folder / "clip").rename(tmp_path / "outside" / "clip")
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "c").symlink_to(tmp_path / "outside")
+    edit(folder / "config.json", mm_vision_tower="a/b/c/clip")
+    refused(folder, "clip", "a link that leads out of the checkpoint's folder")
+
+
 def test_links_that_stay(models, folder_of, tmp_path):
     folder = folder_of("llava")
     (folder / "model.safetensors").rename(folder / "weights")
@@ -1187,7 +1220,57 @@ def test_configurations_that_claim_too_much(folder_of, family, path):
     part[path[-1]] = 2 * 10**8 if "layers" in path[-1] else 2 * 10**6 // 7 * 7
     write_json(folder / "config.json", config)
     text = refused(folder)
-    assert re.search(r"layers, but there are only \d+ weights|mismatched keys", text)
+    words = r"layers, but there are only \d+ weights|mismatched keys|vision tower takes 199"
+    assert re.search(words, text)
+
+
+PREPROCESSING = "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "changes", "words"),
+    [
+        ("llava", PREPROCESSING, {"size": {"shortest_edge": 10**6}}, "sizes (1000000, 28, 28)"),
+        ("llava", PREPROCESSING, {"crop_size": 14}, "pictures are cut to 14 x 14 pixels, but"),
+        ("internvl", PREPROCESSING, {"size": 10**9, "crop_size": 28}, "expected 1 to 2048"),
+        ("nvila", f"vision_tower/{PREPROCESSING}", {"size": 14}, "are cut to 14 x 14 pixels, but"),
+        ("llava", "config.json", {"vision_feature_layer": 9}, "layer 9 of a vision tower of 3"),
+        ("llava", "config.json", {"vision_feature_layer": [-2, -9]}, "asks for layer -9"),
+        ("nvila", "config.json", {"mm_vision_select_layer": -9}, "asks for layer -9"),
+        ("llava", "config.json", {"text_config": {"model_type": "gpt2"}}, "model_type 'gpt2'"),
+        (
+            "llava",
+            "config.json",
+            {"text_config": {"num_hidden_layers": 10**9}},
+            "1000000000 layers",
+        ),
+        ("llava", "generation_config.json", {"eos_token_id": [2, "x"]}, "eos_token_id [2, 'x']"),
+        ("llava_next", "config.json", {"image_grid_pinpoints": []}, "must be a list of"),
+        ("llava_next", "config.json", {"image_grid_pinpoints": [[28, 28.0]]}, "must be a list of"),
+        ("llava_next", "config.json", {"image_grid_pinpoints": [[28]]}, "cannot be read"),
+        ("llava_next", "config.json", {"image_grid_pinpoints": [[28, -28]]}, "expected 1 to 256"),
+        (
+            "llava_next",
+            "config.json",
+            {"image_grid_pinpoints": [[28, 28], [28000, 28000]]},
+            "1000 x 1000 tiles of 28, expected 1 to 256 tiles",
+        ),
+    ],
+)
+def test_numbers_that_would_fail_or_fill_memory_later(
+    models, tmp_path, family, file, changes, words
+):
+    """Whatever comes with the weights fits them, or is told before they are read."""
+    models[family].save_pretrained(tmp_path)
+    edit(tmp_path / file, **changes)
+    refused(tmp_path, words)
+
+
+def test_too_many_tiles_for_internvl(folder_of):
+    folder = folder_of("internvl")
+    edit(folder / "config.json", max_dynamic_patch=10**9)
+    with pytest.raises(vlmlib.ShapeError, match="max_num <= 256, got 1 and 1000000000"):
+        load(folder).prepare([noise(30, 20)])
 
 
 def test_everything_at_once(models, folder_of, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import contextlib
 import json
 import pickle
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,15 +141,15 @@ def without_code(config: Any) -> Any:
 
 
 def check_links(folder: Path, root: Path | None = None) -> None:
-    """Raise CheckpointError for a link in `folder` that leads out of it (or of `root`, which it is
-    in), but for those of the hub's cache (`snapshots/REVISION`), which lead to its `blobs`.
+    """Raise CheckpointError for what is in `folder` by a link out of it (or of `root`, which it is
+    in), but for the links of the hub's cache (`snapshots/REVISION`), which lead to its `blobs`.
     """
     homes = [(root or folder).resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append((homes[0].parent.parent / "blobs").resolve())
     for path in chain(folder.glob("*"), folder.glob("*/*")):
         with blaming(path, "link"):
-            if path.is_symlink() and not any(path.resolve().is_relative_to(h) for h in homes):
+            if not any(path.resolve().is_relative_to(home) for home in homes):
                 raise CheckpointError(f"{path}: a link that leads out of the checkpoint's folder")
 
 
@@ -388,6 +389,13 @@ def check_depth(config: Mapping[str, Any], weights: Weights) -> None:
             raise CheckpointError(f"{value} layers, but there are only {len(weights)} weights")
 
 
+def check_layers(layers: int | Sequence[int], depth: int) -> None:
+    """Raise CheckpointError if a vision tower of this depth has not these hidden states."""
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not -depth - 1 <= layer <= depth:
+            raise CheckpointError(f"asks for layer {layer} of a vision tower of {depth} layers")
+
+
 def fill(
     folder: Path,
     make: Callable[[], nn.Module],
@@ -406,13 +414,14 @@ def fill(
     plan = _plan(folder, net, weights)
     check_memory(folder, weights, device, dtype)
     done, total = 0, sum(weight.nbytes() // n for weight, _, n in plan.values())
+    progress = progress or (lambda done, total: None)
+    progress(done, total)
     for path in sorted({weight.path for weight, _, _ in plan.values()}):
         state = {}
         for name, tensor in _read(path, plan):
             state[name] = tensor.to(device, dtype, copy=True)  # the file may change later
             done += tensor.nbytes
-            if progress:
-                progress(done, total)
+            progress(done, total)
         net.load_state_dict(state, strict=False, assign=True)
     net.load_state_dict(_unused(net, device, dtype), strict=False, assign=True)
     _real_buffers(net, device)
@@ -506,7 +515,11 @@ def finish(net: PreTrainedModel, folder: Path) -> None:
     net.tie_weights()
     if (folder / "generation_config.json").is_file():
         with blaming(folder, "generation_config.json"):
-            net.generation_config = GenerationConfig.from_pretrained(folder)
+            made = GenerationConfig.from_pretrained(folder)
+            ends = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
+            if not all(end is None or type(end) is int for end in ends):
+                raise CheckpointError(f"generation_config.json has eos_token_id {ends}")
+            net.generation_config = made
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -538,5 +551,5 @@ def blaming(place: Path, what: str) -> Iterator[None]:
 
 
 def in_one_line(e: Exception) -> str:
-    """What a library says is wrong: the kind, and the first line."""
-    return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')}"
+    """What a library says is wrong: the kind, and so much of the text as fits."""
+    return f"{type(e).__name__}: {textwrap.shorten(str(e), 300)}"

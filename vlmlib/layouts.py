@@ -30,8 +30,9 @@ from .checkpoint import Renames
 from .conversation import conv_templates
 from .errors import CheckpointError
 from .internvl import CHAT_TEMPLATES, IMG_CONTEXT_TOKEN, InternVL
-from .llava import Llava, LlavaNext
+from .llava import Llava, LlavaNext, pinpoints
 from .model import VisionLanguageModel
+from .tiling import get_anyres_image_grid_shape
 
 Config = dict[str, Any]
 
@@ -43,7 +44,11 @@ FAMILIES = {
 """transformers' model_type -> (vlmlib's class, transformers' class)."""
 
 
-TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+KINDS = {
+    "text_config": ("llama", "mistral", "qwen2", "qwen3"),
+    "vision_config": ("clip_vision_model", "siglip_vision_model", "internvl_vision"),
+}
+"""What transformers' own layouts may be made of, by model_type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,24 @@ def _native(config: Config, tower: Config) -> PretrainedConfig:
         raise CheckpointError(
             f"config.json has model_type {model_type!r}, expected one of {list(FAMILIES)}"
         )
+    for part, expected in KINDS.items():
+        kind = config.get(part, {}).get("model_type", expected[0])
+        if kind not in expected:
+            raise CheckpointError(
+                f"{part} has model_type {kind!r}, expected one of {list(expected)}"
+            )
     made = FAMILIES[model_type][1].config_class.from_dict(config)
-    if (tower := made.vision_config.model_type) not in TOWERS:
-        raise CheckpointError(f"its vision tower is {tower!r}, expected one of {list(TOWERS)}")
+    if model_type == "llava_next":
+        _check_resolutions(made)
     return made
+
+
+def _check_resolutions(config: LlavaNextConfig) -> None:
+    sizes = pinpoints(config)
+    if not sizes or not all(type(side) is int for size in sizes for side in size):
+        raise CheckpointError("image_grid_pinpoints must be a list of [height, width]")
+    for size in sizes:
+        get_anyres_image_grid_shape(size, [size], config.vision_config.image_size)
 
 
 LLAVA_TEXT = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
@@ -119,6 +138,7 @@ def _llava(config: Config, tower: Config) -> LlavaConfig | LlavaNextConfig:
     made.image_aspect_ratio = config.get("image_aspect_ratio")
     if anyres:  # they are (width, height) there, and (height, width) in transformers
         made.image_grid_pinpoints = [[h, w] for w, h in config["image_grid_pinpoints"]]
+        _check_resolutions(made)
     return made
 
 

@@ -19,6 +19,7 @@ from .checkpoint import (
     Weights,
     blaming,
     check_depth,
+    check_layers,
     check_links,
     default_dtype,
     fill,
@@ -174,6 +175,7 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
             check_depth(values, weights)
         config = layout.translate(without_code(opened.config), without_code(tower))
         text, vision = config.text_config, config.vision_config
+        check_layers(config.vision_feature_layer, vision.num_hidden_layers)
         config.tie_word_embeddings = text.tie_word_embeddings = is_tied(weights)
         if vision.model_type == "siglip_vision_model":
             vision.vision_use_head = False  # nobody reads it
@@ -181,6 +183,8 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
     family, net_class = FAMILIES[config.model_type]
     tokenizer = load_tokenizer(folder)
     processor = ImageProcessor.from_folder(opened.tower or folder)
+    with blaming(folder, "preprocessing"):
+        processor.check_size(vision.image_size)
     net = fill(folder, lambda: net_class(config), weights, device, dtype, progress)
     finish(net, folder)
     model = family(net, tokenizer, processor)

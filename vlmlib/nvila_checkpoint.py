@@ -35,6 +35,7 @@ from .checkpoint import (
     Weights,
     blaming,
     check_depth,
+    check_layers,
     check_links,
     default_dtype,
     fill,
@@ -54,7 +55,7 @@ from .errors import CheckpointError, ShapeError
 from .images import ImageProcessor
 from .nvila_encoders import SiglipTower, build_encoder
 from .projectors import Projector, build_projector
-from .tiling import s2_sides
+from .tiling import s2_sides, tile_grids
 
 PARTS = {
     "llm": ("llm_cfg", "qwen2"),
@@ -111,14 +112,23 @@ class NVILAConfig:
             raise CheckpointError(
                 f"chat_template is {self.chat_template!r}, expected 'qwen2' or nothing"
             )
+        self._check_numbers()
         self._check_scales()
+
+    def _check_numbers(self) -> None:
+        names = "min_tiles max_tiles num_video_frames mm_vision_select_layer"
+        for name in (*names.split(), "s2_resize_output_to_scale_idx"):
+            if type(value := getattr(self, name)) is not int:
+                raise CheckpointError(f"{name} is {value!r}, expected a whole number")
 
     def _check_scales(self) -> None:
         scales, at = self.scales, self.s2_resize_output_to_scale_idx
         try:
-            s2_sides(scales or [1])
+            least = s2_sides(scales)[-1] ** 2 if scales else self.min_tiles
+            tile_grids(least, self.max_tiles)
         except (ShapeError, ZeroDivisionError) as e:
-            raise CheckpointError(f"s2_scales {self.s2_scales!r}: {e}") from None
+            numbers = f"s2_scales {self.s2_scales!r}, {self.min_tiles} to {self.max_tiles} tiles"
+            raise CheckpointError(f"{numbers}: {e}") from None
         if self.dynamic_s2 and not -len(scales) <= at < len(scales):
             raise CheckpointError(f"s2_resize_output_to_scale_idx is {at}, scales are {scales}")
 
@@ -185,11 +195,15 @@ def load_parts(
         llm = Qwen2Config.from_dict(config.llm_cfg)
         llm.tie_word_embeddings = is_tied(weights)
         tower = SiglipVisionConfig.from_dict(config.vision_tower_cfg | {"vision_use_head": False})
+        check_layers(config.mm_vision_select_layer, tower.num_hidden_layers)
         kind, scales = config.mm_projector_cfg.get("mm_projector_type"), len(config.scales) or 1
     device = find_device(device)
     llm.dtype = tower.dtype = dtype = dtype or default_dtype(weights, device)
     tokenizer = load_tokenizer(folder / "llm" if split else folder)
     processor = ImageProcessor.from_folder(folder / "vision_tower" if split else folder)
+
+    with blaming(folder, "preprocessing"):
+        processor.check_size(tower.image_size)
 
     def make() -> nn.ModuleDict:
         projector = build_projector(kind, tower.hidden_size * scales, llm.hidden_size)
