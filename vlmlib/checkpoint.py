@@ -90,7 +90,7 @@ SHOWN = 10
 """Keys that an error lists of each kind; of the others it tells the number."""
 
 Progress = Callable[[int, int], None]
-"""Told (bytes read, bytes in all) after every tensor."""
+"""Told (bytes read, bytes in all) at first and after every tensor."""
 
 
 @dataclass(frozen=True, slots=True)

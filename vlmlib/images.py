@@ -162,10 +162,9 @@ class ImageProcessor:
         if not all(1 <= side <= LARGEST for side in sides):
             raise ValueError(f"sizes {sides}, expected 1 to {LARGEST}")
         scaling = (*self.image_mean, *self.image_std, self.rescale_factor)
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
-            raise ValueError("image_mean and image_std must have three numbers, not 0 in image_std")
-        if not all(map(isfinite, scaling)):
-            raise ValueError(f"image_mean, image_std, rescale_factor {scaling} are not finite")
+        counts = len(self.image_mean), len(self.image_std)
+        if counts != (3, 3) or 0 in self.image_std or not all(map(isfinite, scaling)):
+            raise ValueError("expected finite numbers, three of image_mean and of image_std, not 0")
 
     def check_size(self, size: int | Sequence[int]) -> None:
         """Raise CheckpointError if this is not for a tower of that size, a side or (h, w)."""
