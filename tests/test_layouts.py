@@ -1169,6 +1169,15 @@ def test_code_that_comes_along(models, folder_of, monkeypatch):
     assert not {"evil", "modeling_internvl_chat"} & set(sys.modules)
 
 
+def test_tokenizers_at_other_places(models, folder_of, tmp_path):
+    """A tokenizer_config.json may name files; those of the folder are read."""
+    folder, elsewhere = folder_of("internvl"), tmp_path / "elsewhere.json"
+    elsewhere.write_text("no tokenizer")
+    names = ("tokenizer_file", "vocab_file", "merges_file", "gguf_file")
+    edit(folder / "tokenizer_config.json", **dict.fromkeys(names, str(elsewhere)))
+    assert_same_ids(load(folder).tokenizer, models["internvl"].tokenizer)
+
+
 @pytest.mark.parametrize("native", [False, True], ids=["original", "native"])
 @pytest.mark.parametrize("family", ["llava", "internvl", "nvila"])
 def test_kernels_from_the_hub(models, folder_of, tmp_path, family, native):
