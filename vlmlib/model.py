@@ -5,16 +5,20 @@ A family (see `vlmlib.llava`) adds how it writes a prompt and what it does with 
 
 from __future__ import annotations
 
+import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
+from .checkpoint import Origin, save_net, write_json
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
 from .fusion import (
@@ -41,11 +45,14 @@ class VisionLanguageModel(ABC):
     image_processor  see `vlmlib.images.ImageProcessor`
     name             what `vlmlib.load` was asked for
     chat_template    a Jinja template in place of the tokenizer's own
+    origin           the layout of its checkpoint, if that is not transformers' own
     """
 
     family: str
+    image_processor_type: str
     name: str = ""
     chat_template: str | None = None
+    origin: Origin | None = None
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
         self.net = net
@@ -127,9 +134,35 @@ class VisionLanguageModel(ABC):
             f"context {self.context_len})"
         )
 
+    @property
+    def whole_net(self) -> nn.Module:
+        """All weights, by the names that checkpoints are translated to."""
+        return self.net
+
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
-        return self.net.parameters()
+        return self.whole_net.parameters()
+
+    def processor_config(self) -> dict[str, Any]:
+        """The preprocessor_config.json of this model."""
+        return self.image_processor.to_dict(self.image_processor_type)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that `vlmlib.load` reads, in the layout that the model was loaded from, or
+        transformers' own. Weights become safetensors, whatever they were.
+
+        In a layout that is not transformers' own, prompts stay as config.json has them, and a tower
+        that is a checkpoint of its own lies inside the folder, by the name it had. Raises
+        CheckpointError if the network has other weights than that layout knows.
+        """
+        folder, tokenizer = Path(folder), copy.copy(self.tokenizer)
+        if self.origin is None:
+            save_net(self.net, folder)
+            write_json(folder / "preprocessor_config.json", self.processor_config())
+            tokenizer.chat_template = self.chat_template or tokenizer.chat_template
+        else:
+            self.origin.save(folder, self)
+        tokenizer.save_pretrained(folder)
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""
