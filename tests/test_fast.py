@@ -360,12 +360,14 @@ def test_a_model_with_another_weight_is_fused_again(change):
 
 def test_hooks_are_not_passed_by():
     model, seen = tiny_llava(), []
-    layer = model.net.get_decoder().layers[1]
-    hook = layer.mlp.register_forward_hook(lambda *args: seen.append(args[2].shape[1]))
     ids = answered(model, GREEDY)
-    assert seen[1:] == [1] * (len(ids) - 1)
-    hook.remove()
-    assert answered(model, GREEDY) == ids and len(seen) == len(ids)
+    for module in (model.net.get_decoder().layers[1].mlp, model.net.lm_head):
+        hook = module.register_forward_hook(lambda *args: seen.append(args[2].shape[-2]))
+        assert answered(model, GREEDY) == ids
+        hook.remove()
+        assert seen[1:] == [1] * (len(ids) - 1)
+        assert answered(model, GREEDY) == ids and len(seen) == len(ids)
+        seen.clear()
     assert model.fast_decoder() is not None
 
 
@@ -432,6 +434,18 @@ def test_streams_of_four_bits_are_the_same_with_and_without(family):
         model.fast = fast
         answers.append([answered(model, params) for params in (GREEDY, *SAMPLED)])
     assert answers[0] == answers[1]
+
+
+@in_all_families
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_model_that_has_answered_in_inference_mode_can_be_trained(family, four_bits):
+    model = FAMILIES[family]()
+    model = quantize_llm(model, group_size=16) if four_bits else model
+    with torch.inference_mode():
+        ids = answered(model, GREEDY)
+    x = torch.zeros(1, 3, model.text_config.hidden_size, requires_grad=True)
+    model.net.get_decoder()(inputs_embeds=x).last_hidden_state.sum().backward()
+    assert x.grad.isfinite().all() and answered(model, GREEDY) == ids
 
 
 @in_all_families

@@ -626,7 +626,7 @@ def test_awq_checkpoints(half, tmp_path, config):
     assert answer_ids(model) == answer_ids(half)
     assert vlmlib.load(tmp_path, device="cpu").dtype == torch.bfloat16
     again = vlmlib.load(saved(model, tmp_path / "ours"), device="cpu", dtype=torch.float32)
-    assert again.net.config.quantization_config.layout == "plain"
+    assert again.net.config.quantization_config["layout"] == "plain"
     assert same(again, half)
 
 

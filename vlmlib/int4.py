@@ -14,19 +14,18 @@ pytorch:aten/src/ATen/native/cpu/int4mm_kernel.cpp, AutoAWQ:awq/modules/linear/g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AwqConfig, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers import AwqConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import QuantizationError
 
@@ -235,9 +234,10 @@ def joined(modules: Sequence[nn.Module], name: str) -> Tensor | None:
     own = [getattr(module, name) for module in modules]
     if own[0] is None:
         return None
-    whole = torch.cat([tensor.data for tensor in own])
-    for tensor, piece in zip(own, whole.split([len(t) for t in own]), strict=True):
-        tensor.data = piece
+    with torch.inference_mode(own[0].is_inference()):  # what can be trained stays so
+        whole = torch.cat([tensor.data for tensor in own])
+        for tensor, piece in zip(own, whole.split([len(t) for t in own]), strict=True):
+            tensor.data = piece
     return whole
 
 
@@ -249,9 +249,8 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
 # ---- checkpoints ----
 
 
-@register_quantization_config(METHOD)
-@dataclass(kw_only=True)
-class Int4Config(QuantizationConfigMixin):
+@dataclass(frozen=True, slots=True)
+class Int4Config:
     """`quantization_config` of a checkpoint. Raises QuantizationError.
 
     layout                  "plain" as `Int4Linear` stores it; "awq" as AutoAWQ's GEMM does
@@ -272,8 +271,25 @@ class Int4Config(QuantizationConfigMixin):
             )
 
     @classmethod
-    def of_awq(cls, config: dict) -> Int4Config:
-        """From an AutoAWQ checkpoint's. Raises QuantizationError for other layouts than GEMM."""
+    def of(cls, config: Mapping[str, Any]) -> Int4Config | None:
+        """From a config.json; None if nothing is quantised."""
+        parts = (config, *(config.get(name) or {} for name in ("text_config", "llm_config")))
+        found = next((c for part in parts if (c := part.get("quantization_config"))), None)
+        if found is None:
+            return None
+        method = found.get("quant_method")
+        if method == "awq":
+            return cls._of_awq(found)
+        unknown = found.keys() - {f.name for f in fields(cls)}
+        if method != METHOD or unknown:
+            raise QuantizationError(
+                f"quantization_config has quant_method {method!r} and unknown {sorted(unknown)}: "
+                f"only {METHOD!r} and 'awq' can be read"
+            )
+        return cls(**found)
+
+    @classmethod
+    def _of_awq(cls, config: Mapping[str, Any]) -> Int4Config:
         found = AwqConfig.from_dict(config)
         if (found.bits, found.format, found.zero_point) != (4, "gemm", True):
             raise QuantizationError(
@@ -283,19 +299,16 @@ class Int4Config(QuantizationConfigMixin):
         skipped = found.modules_to_not_convert
         return cls(group_size=found.group_size, layout="awq", modules_to_not_convert=skipped)
 
-
-def adopt_awq(config: PreTrainedConfig) -> None:
-    """From now on the configuration of an AWQ checkpoint asks for `Int4Quantizer`, where
-    transformers would ask for a package of kernels.
-    """
-    for part in (config, config.get_text_config(decoder=True)):
-        found = getattr(part, "quantization_config", None)
-        if isinstance(found, dict) and found.get("quant_method") == "awq":
-            part.quantization_config = Int4Config.of_awq(found).to_dict()
+    def put_into(self, net: PreTrainedModel) -> None:
+        """Its config.json is to say that its layers are Int4Linear."""
+        vars(net.config.get_text_config(decoder=True)).pop("quantization_config", None)
+        net.config.quantization_config = asdict(replace(self, layout="plain"))
 
 
-def expect_int4(net: PreTrainedModel, config: Int4Config) -> None:
-    """Give the decoder the layers that a checkpoint holds; until it is read, they are on "meta"."""
+def expect_int4(net: PreTrainedModel, config: Int4Config | None) -> PreTrainedModel:
+    """Give its decoder the layers that a checkpoint holds; until it is read, they are on "meta"."""
+    if config is None:
+        return net
     decoder, make = net.get_decoder(), LAYOUTS[config.layout]
     prefix = next(name for name, module in net.named_modules() if module is decoder)
     for name, linear in linears_of(decoder.layers).items():
@@ -303,46 +316,17 @@ def expect_int4(net: PreTrainedModel, config: Int4Config) -> None:
         if should_convert_module(full, config.modules_to_not_convert):
             sizes = (linear.in_features, linear.out_features, config.group_size)
             decoder.layers.set_submodule(name, make(*sizes, linear.bias is not None, "meta"))
+    return net
 
 
-def unpack_net(net: PreTrainedModel, config: Int4Config) -> None:
-    """After reading: every four-bit layer as an `Int4Linear`, and a configuration that says so."""
-    for name, module in list(net.named_modules()):
-        if isinstance(module, AwqLinear):
-            net.set_submodule(name, module.unpacked())
-    net.config.quantization_config = replace(config, layout="plain")
-
-
-@register_quantizer(METHOD)
-class Int4Quantizer(HfQuantizer):
-    """How transformers' `from_pretrained` reads four-bit weights. Raises QuantizationError."""
-
-    requires_calibration = True  # cannot quantise while it loads: `quantize_llm` does
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
-        expect_int4(model, self.quantization_config)
-        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
-        self._check_and_cast(model)
-        self.remove_quantization_config(model)  # it would forbid to cast the model
-        unpack_net(model, self.quantization_config)
-
-    def _check_and_cast(self, model: PreTrainedModel) -> None:
-        """What transformers 5.20 and those before it leave out where weights come quantised."""
-        for name, tensor in model.state_dict().items():
-            if tensor.shape != self.shapes[name]:
-                found, expected = tuple(tensor.shape), tuple(self.shapes[name])
-                raise QuantizationError(f"{name} is {found}, expected {expected}")
-            if tensor.is_floating_point():
-                model.get_parameter_or_buffer(name).data = tensor.to(model.config.dtype)
+def unpack_net(net: PreTrainedModel, config: Int4Config | None) -> PreTrainedModel:
+    """After reading: every four-bit layer becomes an `Int4Linear`."""
+    if config is not None:
+        for name, module in list(net.named_modules()):
+            if isinstance(module, AwqLinear):
+                net.set_submodule(name, module.unpacked())
+        config.put_into(net)
+    return net
 
 
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)

@@ -10,16 +10,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
-from .checkpoint import save_net
+from .checkpoint import Origin, save_net, write_json
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
 from .fast import FastDecoder
@@ -48,14 +48,17 @@ class VisionLanguageModel(ABC):
     image_processor  see `vlmlib.images.ImageProcessor`
     name             what `vlmlib.load` was asked for
     chat_template    a Jinja template in place of the tokenizer's own
+    origin           the layout of its checkpoint, if that is not transformers' own
     fast             take single steps by `vlmlib.fast` where it can, for the same tokens; False
                      leaves them to transformers' modules
     quantized        the same model with four-bit weights, if it is to hold both, see `quantize_llm`
     """
 
     family: str
+    image_processor_type: str
     name: str = ""
     chat_template: str | None = None
+    origin: Origin | None = None
     fast: bool = True
     quantized: VisionLanguageModel | None = None
     _decoder: FastDecoder | None = None
@@ -142,21 +145,41 @@ class VisionLanguageModel(ABC):
             f"context {self.context_len})"
         )
 
+    @property
+    def whole_net(self) -> nn.Module:
+        """All weights, by the names that checkpoints are translated to."""
+        return self.net
+
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
-        return self.net.parameters()
+        return self.whole_net.parameters()
+
+    def processor_config(self) -> dict[str, Any]:
+        """The preprocessor_config.json of this model."""
+        return self.image_processor.to_dict(self.image_processor_type)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that `vlmlib.load` reads, in the layout that the model was loaded from, or
+        transformers' own. Weights become safetensors, whatever they were.
+
+        In a layout that is not transformers' own, prompts stay as config.json has them, and a tower
+        that is a checkpoint of its own lies inside the folder, by the name it had. Raises
+        CheckpointError if the network has other weights than that layout knows.
+        """
+        folder, tokenizer = Path(folder), copy.copy(self.tokenizer)
+        if self.origin is None:
+            save_net(self.net, folder)
+            write_json(folder / "preprocessor_config.json", self.processor_config())
+            tokenizer.chat_template = self.chat_template or tokenizer.chat_template
+        else:
+            self.origin.save(folder, self)
+        tokenizer.save_pretrained(folder)
 
     def with_net(self, net: PreTrainedModel) -> VisionLanguageModel:
-        """The same model around another network."""
+        """The same model around another network, to be saved in transformers' own layout."""
         other = copy.copy(self)
-        other.net, other.quantized, other._decoder = net, None, None
+        other.net, other.origin, other.quantized, other._decoder = net, None, None, None
         return other
-
-    def save_pretrained(self, output_dir: str | os.PathLike) -> None:
-        """Write the folder that `vlmlib.load` reads."""
-        save_net(self.net, Path(output_dir))
-        self.tokenizer.save_pretrained(output_dir)
-        self.image_processor.save_pretrained(output_dir)
 
     def choose_weights(self, quant_llm: bool) -> VisionLanguageModel:
         """`quantized` if it is asked for and there is one; else the model as it is."""
@@ -208,9 +231,9 @@ class VisionLanguageModel(ABC):
 
     def fast_decoder(self) -> FastDecoder | None:
         """For single steps; None if `fast` is off, if the language model is of a kind that it does
-        not know, and while there are hooks in that: it would go past them.
+        not know, and while there are hooks in that or its head: it would go past them.
         """
-        modules = self.net.get_decoder().modules()
+        modules = chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
         if not self.fast or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
             return None
         if self._decoder is None or not self._decoder.is_current(self.net):
@@ -255,17 +278,19 @@ class VisionLanguageModel(ABC):
         start_pos: int = 0,
         chunk_prefilling: bool = False,
         cache: KVCache | None = None,
+        answer: Sequence[int] = (),
         echo: bool = False,
         **options,
     ) -> Iterator[Chunk]:
         """Stream the answer to a whole prompt: what every family's generator comes down to.
 
         With `chunk_prefilling` only what the first `start_pos` positions of `cache` do not hold is
-        fed, without it everything. `options` are those of `answer_turn`.
+        fed, without it everything. The stream goes on behind `answer`, and tells what is new only.
+        `options` are those of `answer_turn`.
         """
         check_start(start_pos)
         keep = start_pos if chunk_prefilling else 0
-        turn = self.turn(prompt, media, start_pos=keep, cache=cache)
+        turn = self.turn(prompt, media, start_pos=keep, cache=cache, answer=answer)
         options["prefix"] = prompt if echo else ""
         options["stop_token_ids"] = [*self.stop_token_ids, *options.get("stop_token_ids", ())]
         return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
@@ -277,13 +302,16 @@ class VisionLanguageModel(ABC):
         *,
         start_pos: int = 0,
         cache: KVCache | None = None,
+        answer: Sequence[int] = (),
     ) -> Turn:
         """Tokenise the whole prompt; feed only what `cache` does not hold of its first `start_pos`.
 
-        `media` are Medium objects or pixel values, see `as_media`. Raises PlaceholderError when
-        placeholders and media differ in number, CacheError when `start_pos` is ahead of the cache.
+        `media` are Medium objects or pixel values, see `as_media`. `answer` are ids with which the
+        answer begins; they count as prompt. Raises PlaceholderError when placeholders and media
+        differ in number, CacheError when `start_pos` is ahead of the cache.
         """
         ids, media = self.read(prompt, media)
+        ids = [*ids, *answer]
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
         lengths = [m.length for m in media]
         # Only a cache that outlives this turn needs to tell one picture from another.

@@ -80,7 +80,7 @@ def quantize_llm(
             search(layer, inputs.popleft(), group_size)
         if progress:
             progress(done, len(layers))
-    net.config.quantization_config = Int4Config(group_size=group_size)
+    Int4Config(group_size=group_size).put_into(net)
     return model.with_net(net)
 
 
