@@ -827,6 +827,29 @@ def test_all_layouts_from_the_hubs_cache(models, hub, family):
     assert load("some/model").name == "some/model"
 
 
+@in_all_families
+def test_four_bit_weights_are_saved_in_transformers_own_layout(written, family, tmp_path):
+    model = vlmlib.quantize_llm(load(written[family]), group_size=16)
+    with pytest.raises(CheckpointError, match="cannot be saved in the layout they came in"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.origin = None
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=torch.float32)
+    assert same(again, model) and again.image_processor == model.image_processor
+
+
+@in_all_families
+def test_the_memory_of_four_bit_weights(models, family, tmp_path):
+    model = vlmlib.quantize_llm(models[family], group_size=16)
+    model.save_pretrained(tmp_path)
+    sizes = [sum(vlmlib.memory_estimate(tmp_path, d).values()) for d in (None, torch.float16)]
+    floats = sum(w.nbytes for n, w in states(model).items() if "post_layernorm" not in n)
+    bytes_ = sum(w.nbytes for w in states(model).values() if w.dtype == torch.uint8)
+    assert sizes == [floats, (floats - bytes_) // 2 + bytes_]
+    assert load(tmp_path).dtype == torch.bfloat16
+
+
 # ---- memory and progress ----
 
 

@@ -221,8 +221,7 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
         folders = {"": (folder, opened.config)}
         if opened.tower:
             folders[opened.config[layout.tower]] = opened.tower, tower
-        if int4 is None:
-            model.origin = Origin(weights, folders, layout.settings)
+        model.origin = Origin(weights, folders, layout.settings)
     return model
 
 

@@ -164,7 +164,8 @@ class VisionLanguageModel(ABC):
 
         In a layout that is not transformers' own, prompts stay as config.json has them, and a tower
         that is a checkpoint of its own lies inside the folder, by the name it had. Raises
-        CheckpointError if the network has other weights than that layout knows.
+        CheckpointError if the network has other weights than that layout knows, as four-bit ones;
+        with `origin = None` they are saved in transformers' own.
         """
         folder, tokenizer = Path(folder), copy.copy(self.tokenizer)
         if self.origin is None:
@@ -176,9 +177,9 @@ class VisionLanguageModel(ABC):
         tokenizer.save_pretrained(folder)
 
     def with_net(self, net: PreTrainedModel) -> VisionLanguageModel:
-        """The same model around another network, to be saved in transformers' own layout."""
+        """The same model around another network."""
         other = copy.copy(self)
-        other.net, other.origin, other.quantized, other._decoder = net, None, None, None
+        other.net, other.quantized, other._decoder = net, None, None
         return other
 
     def choose_weights(self, quant_llm: bool) -> VisionLanguageModel:

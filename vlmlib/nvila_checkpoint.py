@@ -216,7 +216,7 @@ def load_parts(
     finish(unpack_net(net["llm"], int4), folder / "llm" if split else folder)
     origin = Origin(weights, {"": (folder, read_config(folder))}, settings=lambda model: {})
     return {
-        "origin": None if split or int4 else origin,
+        "origin": None if split else origin,
         "config": config,
         "llm": net["llm"],
         "vision_tower": wrap_tower(net["vision_tower"], config),
