@@ -449,6 +449,17 @@ def test_a_model_that_has_answered_in_inference_mode_can_be_trained(family, four
 
 
 @in_all_families
+def test_a_copy_of_a_model_that_has_answered_is_its_own(family):
+    model = FAMILIES[family]()
+    ids = answered(model, GREEDY)
+    other = copy.deepcopy(model)
+    assert answered(other, GREEDY) == ids
+    for weight in other.net.get_decoder().parameters():
+        weight.data.zero_()
+    assert answered(model, GREEDY) == ids != answered(other, GREEDY)
+
+
+@in_all_families
 def test_a_model_that_has_answered_is_saved_as_before(family, tmp_path):
     model = FAMILIES[family]()
     model.save_pretrained(tmp_path / "before")

@@ -279,7 +279,7 @@ def _fused(layer: nn.Module) -> Layer:
 
 
 def _transposed(layer: nn.Linear | Int4Linear) -> Tensor | Int4Linear:
-    return layer if isinstance(layer, Int4Linear) else layer.weight.T
+    return layer if isinstance(layer, Int4Linear) else layer.weight.detach().T
 
 
 def _addresses(net: PreTrainedModel) -> list[int]:
