@@ -1,12 +1,14 @@
-"""The key/value cache of one sequence, which also knows what every cached position was.
+"""What need not be computed twice: keys and values of a sequence, features of a picture.
 
-Because it knows, a second turn can be compared with it: everything up to the first difference is
-kept, the rest is fed again. Nothing is assumed about where the ids came from.
+The key/value cache of one sequence also knows what every cached position was. So a second turn can
+be compared with it: everything up to the first difference is kept, the rest is fed again. Nothing
+is assumed about where the ids came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from .errors import CacheError
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, in a buffer that doubles when it is full: a new position is
-    written into its place, where a DynamicLayer copies all positions. No gradients flow through it.
+    written into its place, where a DynamicLayer copies all positions. Gradients flow to what is fed
+    at once, and to nothing that was cached before.
 
     buffer        (2, b, k, room, e): keys and values; what was never written is zero. The room is a
                   power of two, so that few sizes occur.
@@ -37,7 +40,12 @@ class GrowingLayer(DynamicLayer):
         stop = start + key_states.shape[-2]
         self.make_room(stop, key_states)
         self.buffer[:, :, :, start:stop] = torch.stack([key_states, value_states]).detach()
-        return self.hold(stop)
+        keys, values = self.hold(stop)
+        if not key_states.requires_grad:
+            return keys, values
+        past = (x[:, :, :start] for x in (keys, values))
+        new = (key_states, value_states)
+        return tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
 
     def append(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`update` by one position of one sequence: (2 k, e), the keys and then the values."""
@@ -113,3 +121,27 @@ class KVCache:
             self.past.crop(-surplus)
         if n < len(self):
             del self.content[n:]
+
+
+class FeatureCache:
+    """Features of the media that were seen last, by their content, up to so many bytes in all."""
+
+    def __init__(self, limit: int = 256 << 20) -> None:
+        self.limit = limit
+        self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable, encode: Callable[[], Tensor]) -> Tensor:
+        """What is held under this key, or else what `encode` makes. It is not to be written in."""
+        if key not in self._held:
+            self._held[key] = encode()
+        self._held.move_to_end(key)
+        while sum(x.nbytes for x in self._held.values()) > self.limit and len(self) > 1:
+            self._held.popitem(last=False)
+        return self._held[key]
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self._held.clear()

@@ -144,6 +144,28 @@ def latency(
     return figure
 
 
+def step_times(result: Mapping[str, Any], *, width: float = 7.0) -> Figure:
+    """Milliseconds per token of every contender that `vlmlib.bench` measured, with quartiles, and
+    how long it takes only to read the weights as fast as the machine copies.
+    """
+    steps = result["steps"]
+    figure, ax = axes(width, 0.9 + 0.45 * len(steps), xlabel="ms per token")
+    for row, (name, step) in enumerate(steps.items()):
+        middle, low, high = (1e3 * step[key] for key in ("median", "low", "high"))
+        bound = 1e3 * step["bytes"] / result["copy_bandwidth"]
+        ours = name.startswith("vlmlib")
+        ax.barh(row, middle, color=BLUE if ours else ORANGE, height=0.62)
+        ax.plot([low, high], [row, row], color="black", lw=1.2)
+        ax.plot([bound, bound], [row - 0.36, row + 0.36], color="black", lw=2.5)
+        ax.text(max(high, bound), row, f"  {middle:.3g}", va="center")
+    ax.set_yticks(range(len(steps)), list(steps))
+    ax.set_xlim(0, 1.15 * max(1e3 * step["high"] for step in steps.values()))
+    ax.plot([], [], color="black", lw=2.5, label="to read the weights once, at copy speed")
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    ax.invert_yaxis()
+    return figure
+
+
 def distribution(
     texts: Sequence[str],
     own: Sequence[float],

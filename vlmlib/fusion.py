@@ -77,11 +77,10 @@ def split_at(ids: Sequence[int], lengths: Sequence[int], start: int) -> tuple[in
 
 def digest(x: Tensor) -> str:
     """A name for a tensor's content: equal content, equal name, on every run and machine."""
-    raw = x.detach().cpu().contiguous()
-    return hashlib.blake2b(
-        raw.view(torch.uint8).numpy().tobytes() + repr((raw.shape, raw.dtype)).encode(),
-        digest_size=16,
-    ).hexdigest()
+    raw = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    name = hashlib.sha256(raw)
+    name.update(repr((x.shape, x.dtype)).encode())
+    return name.hexdigest()[:32]
 
 
 def prepare_inputs_labels_for_multimodal(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from functools import partial
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import output_capturing
 
-from .cache import KVCache
+from .cache import FeatureCache, KVCache
 from .checkpoint import Origin, save_net, write_json
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
@@ -49,6 +50,8 @@ class VisionLanguageModel(ABC):
     name             what `vlmlib.load` was asked for
     chat_template    a Jinja template in place of the tokenizer's own
     origin           the layout of its checkpoint, if that is not transformers' own
+    prefill_chunk    a longer prompt is fed in pieces of so many positions, so that what is computed
+                     on the way takes no more memory than that
     fast             take single steps by `vlmlib.fast` where it can, for the same tokens; False
                      leaves them to transformers' modules
     quantized        the same model with four-bit weights, if it is to hold both, see `quantize_llm`
@@ -59,6 +62,7 @@ class VisionLanguageModel(ABC):
     name: str = ""
     chat_template: str | None = None
     origin: Origin | None = None
+    prefill_chunk: int = 2048
     fast: bool = True
     quantized: VisionLanguageModel | None = None
     _decoder: FastDecoder | None = None
@@ -180,11 +184,19 @@ class VisionLanguageModel(ABC):
         """The same model around another network."""
         other = copy.copy(self)
         other.net, other.quantized, other._decoder = net, None, None
+        other.__dict__.pop("feature_cache", None)
         return other
 
     def choose_weights(self, quant_llm: bool) -> VisionLanguageModel:
         """`quantized` if it is asked for and there is one; else the model as it is."""
         return self.quantized if quant_llm and self.quantized else self
+
+    @cached_property
+    def feature_cache(self) -> FeatureCache:
+        """Features of the pictures and clips seen last: the tower is asked once for each of them,
+        in how many questions and turns they may occur.
+        """
+        return FeatureCache()
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""
@@ -225,21 +237,44 @@ class VisionLanguageModel(ABC):
         return logits
 
     def _feed(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
-        out = self.net.get_decoder()(
-            inputs_embeds=inputs_embeds, past_key_values=cache.past, use_cache=True
-        )
+        # Gradients would not reach an earlier piece, and need the memory of all of them anyway.
+        n = inputs_embeds.shape[1] if inputs_embeds.requires_grad else self.prefill_chunk
+        for piece in inputs_embeds.split(n, dim=1):
+            out = self.net.get_decoder()(
+                inputs_embeds=piece, past_key_values=cache.past, use_cache=True
+            )
         return self.net.lm_head(out.last_hidden_state[:, -1])
 
     def fast_decoder(self) -> FastDecoder | None:
         """For single steps; None if `fast` is off, if the language model is of a kind that it does
         not know, and while there are hooks in that or its head: it would go past them.
         """
-        modules = chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
-        if not self.fast or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        if not self.fast or _hooked(self._language_modules()):
             return None
         if self._decoder is None or not self._decoder.is_current(self.net):
             self._decoder = FastDecoder(self.net) if FastDecoder.supports(self.net) else None
         return self._decoder
+
+    def _language_modules(self) -> Iterator[nn.Module]:
+        return chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
+
+    def _features(self, medium: Medium, key: Hashable) -> Tensor:
+        """`encode` of the medium with this key, or what it was when it was last asked for.
+
+        It is always asked where gradients are wanted, and while there are hooks in tower or
+        projector; and again after a weight there, or a method, was changed.
+        """
+        language = set(self._language_modules())
+        vision = [m for m in self.whole_net.modules() if m not in language]
+        if torch.is_grad_enabled() or _hooked(vision):
+            return self.encode(medium)
+        weights = chain.from_iterable(m.parameters(recurse=False) for m in vision)
+        methods = (self.encode, self.tower_features, self.project)
+        names = (
+            *(getattr(method, "__func__", method) for method in methods),
+            *((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights),
+        )
+        return self.feature_cache.get((key, names), partial(self.encode, medium))
 
     def chat_prompt(self, parts: Sequence[Part]) -> str:
         """Pictures and texts of one user turn, in order -> the prompt the model was trained on."""
@@ -314,15 +349,14 @@ class VisionLanguageModel(ABC):
         ids, media = self.read(prompt, media)
         ids = [*ids, *answer]
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
-        lengths = [m.length for m in media]
-        # Only a cache that outlives this turn needs to tell one picture from another.
-        names = range(len(media)) if cache is None else [m.key for m in media]
-        content = positions(ids, lengths, names)
+        lengths, keys = [m.length for m in media], [m.key for m in media]
+        content = positions(ids, lengths, keys)
         cache, start = self._reusable(content, start_pos, cache)
 
         def prefill() -> Tensor:
             first_id, first_medium, offset = split_at(ids, lengths, start)
-            features = [self.encode(m) for m in media[first_medium:]]
+            seen = zip(media[first_medium:], keys[first_medium:], strict=True)
+            features = [self._features(m, key) for m, key in seen]
             inputs = fuse(ids[first_id:], features, self.embed)[:, offset:]
             return self.forward(inputs, start, cache, content[start:])
 
@@ -431,6 +465,16 @@ def answer_turn(
     check_device(device, turn.device)
     stop_ids = end_of_answer_ids(net, tokenizer, stop_token_ids)
     return decode(turn, tokenizer, params, stop_ids=stop_ids, **options)
+
+
+def _hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody watches them: transformers' own hooks for `output_hidden_states`, which stay
+    once they were needed, do not count.
+    """
+    hooks = chain.from_iterable(
+        (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for m in modules
+    )
+    return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
 
 
 def one_of(media: Any, image_tensor: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -82,23 +83,26 @@ TOWER = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+LANGUAGE = {
+    "hidden_size": 160,
+    "intermediate_size": 432,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
 """Of all three. CLIP and SigLIP have one layer more, which is never read."""
 
 
-def _language(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """Sizes of the language model, Llama or Qwen2."""
+def _with_ids(language: dict, tokenizer: PreTrainedTokenizerFast) -> dict:
+    """Sizes of a language model, Llama or Qwen2, with what its tokenizer knows."""
     return {
         "vocab_size": len(tokenizer),
-        "hidden_size": 160,
-        "intermediate_size": 432,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **language,
     }
 
 
@@ -123,40 +127,36 @@ def _processor(**changes) -> ImageProcessor:
     return ImageProcessor(PIXELS, PIXELS, PIXELS, MEAN, STD, **changes)
 
 
-def _build_llava() -> Llava:
+def build_llava(tower: dict, language: dict, processor: ImageProcessor) -> Llava:
+    """LLaVA-1.5 of these sizes: of CLIP's tower, and of Llama."""
     tokenizer = build_tokenizer()
     tokenizer.chat_template = LLAVA_TEMPLATE
+    tower = CLIPVisionConfig(**tower, projection_dim=tower["hidden_size"])
+    language = LlamaConfig(**_with_ids(language, tokenizer))
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**TOWER, num_hidden_layers=LAYERS + 1, projection_dim=160),
-        text_config=LlamaConfig(**_language(tokenizer)),
+        vision_config=tower,
+        text_config=language,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(tower.image_size // tower.patch_size) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
-        tie_word_embeddings=True,
+        tie_word_embeddings=language.tie_word_embeddings,
     )
-    return Llava(LlavaForConditionalGeneration(config).eval(), tokenizer, _processor())
+    return Llava(LlavaForConditionalGeneration(config).eval(), tokenizer, processor)
 
 
-def _build_nvila() -> NVILA:
+def build_nvila(
+    tower: dict, language: dict, processor: ImageProcessor, config: NVILAConfig
+) -> NVILA:
+    """NVILA of these sizes: of SigLIP's tower, and of Qwen2; `config` says the rest."""
     tokenizer = build_qwen_tokenizer({"video_token": MEDIA_TOKENS["video"]})
-    config = NVILAConfig(
-        image_aspect_ratio="dynamic_s2",
-        max_tiles=MAX_TILES,
-        num_video_frames=8,
-        dynamic_s2=True,
-        s2_scales=f"{PIXELS},{2 * PIXELS}",
-        s2_resize_output_to_scale_idx=-1,
-        chat_template="qwen2",
-        llm_cfg=_language(tokenizer),
-        vision_tower_cfg={**TOWER, "num_hidden_layers": LAYERS + 1},
-        mm_projector_cfg={"mm_projector_type": "mlp_downsample"},
-    )
-    return NVILA(config, tokenizer, _processor())
+    parts = {"llm_cfg": _with_ids(language, tokenizer), "vision_tower_cfg": tower}
+    return NVILA(replace(config, **parts), tokenizer, processor)
 
 
-def _build_internvl() -> InternVL:
+def build_internvl(tower: dict, language: dict, processor: ImageProcessor) -> InternVL:
+    """InternVL3 of these sizes: of InternVL's tower, and of Qwen2."""
     tokenizer = build_qwen_tokenizer(
         {
             "start_image_token": IMG_START_TOKEN,
@@ -166,26 +166,48 @@ def _build_internvl() -> InternVL:
         }
     )
     tokenizer.chat_template = INTERNVL_TEMPLATE
-    vision = {**TOWER, "image_size": [PIXELS, PIXELS], "patch_size": [PATCH, PATCH]}
+    language = Qwen2Config(**_with_ids(language, tokenizer))
     config = InternVLConfig(
-        vision_config=InternVLVisionConfig(
-            **vision, num_hidden_layers=LAYERS, attention_bias=True, layer_scale_init_value=1.0
-        ),
-        text_config=Qwen2Config(**_language(tokenizer)),
+        vision_config=InternVLVisionConfig(**tower, attention_bias=True),
+        text_config=language,
         image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN),
-        image_seq_length=FOLDED_TOKENS,
+        image_seq_length=(tower["image_size"] // tower["patch_size"] // 2) ** 2,
         downsample_ratio=0.5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=language.tie_word_embeddings,
     )
     net = InternVLForConditionalGeneration(config).eval()
     nn.init.normal_(net.model.vision_tower.embeddings.position_embeddings, std=0.02)  # were zero
-    return InternVL(net, tokenizer, _processor(max_patches=MAX_TILES))
+    return InternVL(net, tokenizer, processor)
+
+
+def _tiny_llava() -> Llava:
+    return build_llava({**TOWER, "num_hidden_layers": LAYERS + 1}, LANGUAGE, _processor())
+
+
+def _tiny_nvila() -> NVILA:
+    config = NVILAConfig(
+        image_aspect_ratio="dynamic_s2",
+        max_tiles=MAX_TILES,
+        num_video_frames=8,
+        dynamic_s2=True,
+        s2_scales=f"{PIXELS},{2 * PIXELS}",
+        s2_resize_output_to_scale_idx=-1,
+        chat_template="qwen2",
+        mm_projector_cfg={"mm_projector_type": "mlp_downsample"},
+    )
+    tower = {**TOWER, "num_hidden_layers": LAYERS + 1}
+    return build_nvila(tower, LANGUAGE, _processor(), config)
+
+
+def _tiny_internvl() -> InternVL:
+    tower = {**TOWER, "num_hidden_layers": LAYERS, "layer_scale_init_value": 1.0}
+    return build_internvl(tower, LANGUAGE, _processor(max_patches=MAX_TILES))
 
 
 BUILDERS = {
-    "tiny-llava": _build_llava,
-    "tiny-nvila": _build_nvila,
-    "tiny-internvl": _build_internvl,
+    "tiny-llava": _tiny_llava,
+    "tiny-nvila": _tiny_nvila,
+    "tiny-internvl": _tiny_internvl,
 }
 
 
