@@ -194,13 +194,13 @@ def test_a_cache_grows_and_can_be_used_in_and_out_of_inference_mode():
     decoder = FastDecoder(net)
     cache, _ = prefilled(net, 300)
     copied = copy.deepcopy(cache)
-    with torch.no_grad():
-        ours = decoder(torch.tensor([[1]]), cache)
+    ours = decoder(torch.tensor([[1]]), cache)
     with torch.inference_mode():
         again = decoder(torch.tensor([[1]]), copied)
         more = [decoder(torch.tensor([[1]]), copied) for _ in range(500)]
     assert torch.equal(ours, again) and len(copied) == 801 and len(cache) == 301
     assert torch.isfinite(more[-1]).all()
+    assert not any(t.requires_grad for t in (ours, cache.past.layers[0].buffer))
 
 
 def test_what_it_does_not_know_is_left_to_transformers():
@@ -233,8 +233,8 @@ def recorded(monkeypatch):
     def record(run):
         with torch.inference_mode(False), torch.no_grad():
             graph = make_fx(lambda _: run(), _allow_non_fake_inputs=True)(torch.zeros(1))
-        outs.append(torch.empty(0))
-        out = outs[-1]
+            out = torch.empty(0)
+        outs.append(out)
 
         def replay():
             new = graph(torch.zeros(1))
@@ -261,6 +261,20 @@ def test_recorded_steps_give_the_logits_of_the_whole_sequence(kv_heads, four_bit
     torch.testing.assert_close(torch.cat([ours, more]), theirs, atol=2e-5, rtol=0)
     assert len(recorded) == 2, "again when the buffer has grown"
     assert cache.content == ids[0].tolist() + tokens[0, :20].tolist()
+
+
+def test_a_recorded_step_can_be_used_in_and_out_of_inference_mode(recorded):
+    net = language_model()
+    decoder = FastDecoder(net)
+    decoder.records_graphs = True
+    cache, ids = prefilled(net, 9)
+    tokens = torch.arange(6)[None]
+    with torch.inference_mode():
+        decoder(tokens[:, :1], cache)
+    ours = torch.cat([decoder(tokens[:, i : i + 1], cache) for i in range(1, 6)])
+    theirs = net(torch.cat([ids, tokens], dim=1)).logits[0, 10:]
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert len(recorded) == 1 and not ours.requires_grad
 
 
 @torch.inference_mode()

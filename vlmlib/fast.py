@@ -94,8 +94,9 @@ class FastDecoder:
         """Whether the weights of `net` are still those that were fused: it may have been moved."""
         return _addresses(net) == self.addresses
 
+    @torch.no_grad()
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
-        """Feed one (1, 1) id behind all that `cache` holds -> (1, v) logits."""
+        """Feed one (1, 1) id behind all that `cache` holds -> (1, v) logits, without gradients."""
         n, layers = len(cache), cache.past.layers
         if self.records_graphs:
             logits = self._graph(cache)(token, n)
@@ -180,6 +181,7 @@ class StepGraph:
     what lies behind the position masked.
     """
 
+    @torch.inference_mode(False)  # so that its numbers can be written in and out of that mode
     def __init__(self, decoder: FastDecoder, past: Cache) -> None:
         self.decoder, self.user = decoder, ref(past)
         self.buffers = [layer.buffer for layer in past.layers]
