@@ -40,6 +40,7 @@ from transformers import CompileConfig, TextIteratorStreamer
 
 from .decoding import decode
 from .figures import png_of, step_times
+from .fusion import fuse
 from .images import ImageProcessor
 from .loading import load, shipped_models
 from .media import Medium
@@ -163,18 +164,17 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Vision
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One picture and one question, the same for all contenders; `ids` are (1, n)."""
+    """One picture and one question, the same for all contenders; `ids` are those of the prompt."""
 
     prompt: str
-    ids: Tensor
+    ids: list[int]
     medium: Medium
     tokens: int
 
     @classmethod
     def of(cls, model: VisionLanguageModel, picture: Image.Image, tokens: int) -> Request:
         prompt = model.chat_prompt([picture, QUESTION])
-        ids = torch.tensor([model.prompt_ids(prompt)], device=model.device)
-        return cls(prompt, ids, model.prepare([picture])[0], tokens)
+        return cls(prompt, model.prompt_ids(prompt), model.prepare([picture])[0], tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def by_vlmlib(request: Request, model: VisionLanguageModel, fast: bool = True) -
     was, model.fast = model.fast, fast
     try:
         turn = model.turn(request.prompt, [request.medium], cache=cache)
-        params = GenParams(temp=0.0, n_predict=request.tokens)
+        params = GenParams.greedy(n_predict=request.tokens)
         for chunk in decode(turn, model.tokenizer, params, stop_ids=()):
             if len(times) < chunk["usage"]["completion_tokens"]:  # the last chunk brings none
                 times.append(perf_counter())
@@ -226,12 +226,14 @@ def by_transformers(request: Request, model: VisionLanguageModel, **options) -> 
     """`generate` in a thread, read through its streamer, as transformers' documentation does it."""
     streamer, out = TimedStreamer(model.tokenizer), []
 
+    @torch.inference_mode()
     def work() -> None:
         try:
+            embeds = fuse(request.ids, [model.encode(request.medium)], model.embed)
             out.append(
-                model.generate(
-                    request.ids,
-                    images=[request.medium],
+                model.net.generate(
+                    inputs_embeds=embeds,
+                    attention_mask=torch.ones_like(embeds[..., 0], dtype=torch.long),
                     streamer=streamer,
                     do_sample=False,
                     max_new_tokens=request.tokens,
@@ -364,7 +366,7 @@ def stages(
 
     def prefill() -> None:
         turn = model.turn(request.prompt, [medium])
-        next(decode(turn, model.tokenizer, GenParams(temp=0.0, n_predict=1), stop_ids=()))
+        next(decode(turn, model.tokenizer, GenParams.greedy(n_predict=1), stop_ids=()))
 
     with torch.inference_mode():
         prefill()  # from now on the features are held
@@ -387,7 +389,7 @@ def second_turn(
     """Seconds to the first token of a second question, behind so many positions or more: with the
     cache of the first turn, and with everything fed again.
     """
-    params = GenParams(temp=0.0, n_predict=1)
+    params = GenParams.greedy(n_predict=1)
     said = FILLER
     while len(model.prompt_ids(model.chat_prompt([picture, said]))) < history:
         said += FILLER
@@ -429,6 +431,7 @@ def measure(
 
     tokens    length of the answer; it does not end before
     repeats   how often each contender answers, besides two times to warm up
+    history   positions of the first turn, at most half of the context
     compiled  whether transformers with static cache and `torch.compile` is among them
     int4      whether four-bit weights are; the memory must hold both
     progress  told what is done
@@ -437,13 +440,13 @@ def measure(
         raise ValueError(f"expected tokens >= 2 and repeats >= 1, got {tokens} and {repeats}")
     picture = picture or draw(random_scene(0), 336)
     request = Request.of(model, picture, tokens)
-    device, length = model.device, request.ids.shape[1] - 1 + request.medium.length
+    device, length = model.device, len(request.ids) - 1 + request.medium.length
     progress("copy bandwidth")
     bandwidth = copy_bandwidth(device)
     progress("stages")
     before = stages(model, picture, request, repeats)
     progress("second turn")
-    later = second_turn(model, picture, history, repeats)
+    later = second_turn(model, picture, min(history, model.context_len // 2), repeats)
     entries = contenders(model, compiled, int4)
     samples, failed, peaks = race(entries, request, repeats, progress)
     steps = {}
