@@ -33,7 +33,6 @@ from .clips import Clip, ask_clip, frames, train_clip
 from .model import PATCH, PIXELS
 from .scenes import (
     COLOURS,
-    LABELS,
     PRINTS,
     QA,
     RADII,
@@ -110,10 +109,17 @@ MIXES = {
 for small print like the others, but not for things that it may not see.
 """
 
+TO_READ = {
+    "scene": Share(0.3, WEIGHTS, "caption"),
+    "print": Share(0.7, PRINT_WEIGHTS, "find_print", close_up=0.9),
+}
+LOOKS = {"llava": MIXES["llava"], "nvila": TO_READ, "internvl": TO_READ}
+"""What each family's tower looks at first: letters take it the longest to tell apart."""
+
 FRAMES = 8
 """Of a clip, for a model to look at."""
 
-TOGETHER = 8
+TOGETHER = 4
 
 CHARACTERS = sorted({character for text in PRINTS for character in text})
 READ_FROM = 7
@@ -278,15 +284,15 @@ def close_up(scene: Scene) -> Scene:
 
 
 def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1, 1)) -> np.ndarray:
-    """(7, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size, label
-    and three characters of small print; 0 is none.
+    """(6, p) classes of each patch of a tile for the auxiliary loss: shape, colour, size and three
+    characters of what is written there, label or small print; 0 is none.
 
     size    (width, height) of the picture
     region  what the tile shows of it, as in `Medium.regions`
 
-    A patch belongs to a thing if its centre lies in the thing's outline, and to its small print if
-    it lies in the box of the text; both are taken as one and a half patches wide at least, so that
-    none goes unseen. Small print below READ_FROM pixels is IGNOREd.
+    A patch belongs to a thing and to its label if its centre lies in the thing's outline, and to
+    its small print if it lies in the box of the text; both are taken as one and a half patches wide
+    at least, so that none goes unseen. Small print below READ_FROM pixels is IGNOREd.
     """
     side = PIXELS // PATCH
     (width, height), (left, top, right, bottom) = size, region
@@ -304,23 +310,23 @@ def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1
             1 + SHAPES.index(thing.shape),
             1 + tuple(COLOURS).index(thing.colour),
             1 + tuple(RADII).index(thing.size),
-            1 + LABELS.index(thing.label) if thing.label else 0,
         )
         for plane, value in zip(classes, values, strict=False):
             plane[inside] = value
-        half = 0.35 * letter * len(thing.print), 0.35 * letter
-        reach = [max(h, 0.75 * p) for h, p in zip(half, patch, strict=True)]
-        inside = (abs(away[0]) <= reach[0]) & (abs(away[1]) <= reach[1])
-        for plane, character in zip(classes[len(values) :], thing.print, strict=False):
+        if thing.print:
+            half = 0.35 * letter * len(thing.print), 0.35 * letter
+            reach = [max(h, 0.75 * p) for h, p in zip(half, patch, strict=True)]
+            inside = (abs(away[0]) <= reach[0]) & (abs(away[1]) <= reach[1])
+        for plane, character in zip(classes[WRITTEN], thing.label or thing.print, strict=False):
             plane[inside] = 1 + CHARACTERS.index(character)
-    if letter * PATCH / max(patch) < READ_FROM:
-        classes[4:] = IGNORE
+    if letter * PATCH / max(patch) < READ_FROM and any(thing.print for thing in scene.things):
+        classes[WRITTEN] = IGNORE
     return rearrange(classes, "c y x -> c (y x)")
 
 
-PATCH_CLASSES = tuple(
-    1 + len(values) for values in (SHAPES, COLOURS, RADII, LABELS, *[CHARACTERS] * 3)
-)
+PATCH_CLASSES = tuple(1 + len(values) for values in (SHAPES, COLOURS, RADII, *[CHARACTERS] * 3))
+WRITTEN = slice(3, None)
+"""The classes that are characters."""
 
 
 def frame_moments(offset: float) -> list[float]:
@@ -353,6 +359,7 @@ def _as_typed(qa: QA, rng: random.Random) -> QA:
 class Stream(Dataset):
     """Item s is the work of step s of the run with this seed; no questions in `look_steps`.
 
+    Of `part` (i, n) that is every n-th sequence from number i on: the share of one of n processes.
     The sequences come in batches of `TOGETHER`, sorted by length: scenes, tiled pictures and clips
     differ so much that half of one large batch would be padding.
     """
@@ -364,18 +371,21 @@ class Stream(Dataset):
         seed: int = 0,
         asked: int = 10,
         look_steps: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.writer = Writer(model)
-        self.mix = MIXES[model.family]
+        self.mixes = LOOKS[model.family], MIXES[model.family]
         self.batch_size = batch_size
         self.seed = seed
         self.asked = asked
         self.look_steps = look_steps
+        self.part = part
 
     def __getitem__(self, step: int) -> list[Batch]:
         first = self.seed * 10**9 + step * self.batch_size
         asked = 0 if step < self.look_steps else self.asked
-        rows = [self._row(first + index, asked) for index in range(self.batch_size)]
+        mine = range(self.part[0], self.batch_size, self.part[1])
+        rows = [self._row(first + index, asked) for index in mine]
         rows.sort(key=lambda pair: len(pair[0].tokens.ids))
         groups = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
         batches = [collate(*zip(*group, strict=True)) for group in groups]
@@ -384,10 +394,10 @@ class Stream(Dataset):
         return batches
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
-        shares = [share.of_all for share in self.mix.values()]
-        (content,) = random.Random(f"content {index}").choices(tuple(self.mix), shares)
-        shown, rng = CONTENTS[content](index), random.Random(index)
-        share = self.mix[content]
+        mix = self.mixes[asked > 0]
+        shares = [share.of_all for share in mix.values()]
+        (content,) = random.Random(f"content {index}").choices(tuple(mix), shares)
+        shown, rng, share = CONTENTS[content](index), random.Random(index), mix[content]
         pairs = choose_questions(shown, share, rng, asked) if asked else []
         write = self.writer.isolated if rng.random() < 0.75 else self.writer.conversation
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))

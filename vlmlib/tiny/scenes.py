@@ -697,6 +697,36 @@ def example_scenes() -> dict[str, Scene]:
         ),
         ((46, 48, 52), (34, 36, 40), (50, 50, 54), (30, 32, 38)),
     )
+    square = Scene(
+        (
+            Thing("circle", "red", "large", 0, print="FOX"),
+            Thing("square", "blue", "large", 2, print="47", angle=5),
+            Thing("star", "yellow", "small", 4),
+            Thing("diamond", "green", "large", 7, print="SUN"),
+            Thing("triangle", "orange", "large", 8, print="92"),
+        ),
+        light,
+        size=(336, 336),
+    )
+    wide = Scene(
+        (
+            Thing("star", "purple", "large", 0, print="KEY"),
+            Thing("circle", "orange", "large", 2, print="15"),
+            Thing("square", "green", "large", 7, print="OWL", angle=-5),
+        ),
+        dark,
+        size=(372, 248),
+    )
+    tall = Scene(
+        (
+            Thing("triangle", "blue", "large", 0, print="TEA"),
+            Thing("circle", "yellow", "large", 5, print="83"),
+            Thing("diamond", "red", "large", 6, print="36", angle=4),
+            Thing("square", "purple", "small", 8),
+        ),
+        ((232, 238, 244),) * 4,
+        size=(240, 360),
+    )
     return {
         "three-shapes": left_of,
         "letters-and-numbers": letters,
@@ -705,6 +735,9 @@ def example_scenes() -> dict[str, Scene]:
         "one-triangle": single,
         "four-circles": sizes,
         "five-shapes": five,
+        "small-print": square,
+        "small-print-wide": wide,
+        "small-print-tall": tall,
     }
 
 
@@ -720,18 +753,20 @@ def _answered_by(checkpoint: Path) -> Callable[[Image.Image, QA], bool]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the example pictures.")
     parser.add_argument("--out", type=Path, default=Path("data/images"))
-    parser.add_argument("--size", type=int, default=336, help="side in pixels")
+    parser.add_argument("--size", type=int, default=336, help="side of plain scenes in pixels")
     parser.add_argument(
-        "--checkpoint", type=Path, help="list only the questions that this model answers right"
+        "--checkpoint", type=Path, help="list of plain scenes only what this model answers right"
     )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     right = _answered_by(options.checkpoint) if options.checkpoint else lambda picture, qa: True
     described = {}
     for name, scene in example_scenes().items():
-        picture = draw(scene, options.size)
+        detailed = any(thing.print for thing in scene.things)
+        picture = draw(scene, None if detailed else options.size)
         picture.save(options.out / f"{name}.png", optimize=True)
-        pairs = [asdict(qa) for qa in questions(scene, random.Random(0)) if right(picture, qa)]
+        asked = questions(scene, random.Random(0))
+        pairs = [asdict(qa) for qa in asked if detailed or right(picture, qa)]
         described[f"{name}.png"] = {"scene": scene.to_dict(), "questions": pairs}
     text = json.dumps(described, indent=1) + "\n"
     (options.out / "scenes.json").write_text(text, encoding="utf-8")

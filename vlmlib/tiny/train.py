@@ -9,6 +9,9 @@ stretch and a linear decay; bf16 arithmetic, fp32 weights. First the tower learn
 reads shape, colour, size, label and small print from every picture patch. Then all parts learn to
 answer, and the patch loss fades out. With `--start` a model begins with what another one knows.
 
+Several processes share the sequences of a step and add up their gradients; small matrices keep two
+processes of one thread busier than one process of two.
+
 Next to the checkpoint folder stands `NAME.state.pt` with all that `--resume` needs to go on
 exactly as if the run had never stopped.
 """
@@ -23,8 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -128,7 +133,7 @@ class Trainer:
         self.model = build(recipe.model, recipe.seed)
         self.parts = parts(self.model)
         for name in ("tower", "language"):
-            self.parts[name].set_attn_implementation("sdpa")
+            self.parts[name].set_attn_implementation("eager")  # backwards, on a CPU, the fastest
         embed_patches_by_matrix(self.parts)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -149,11 +154,15 @@ class Trainer:
         ]
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """One update from all batches together; returns the mean losses by name."""
+        """One update from all batches together, those of the other processes of the run too;
+        returns the mean losses by name.
+        """
         self._set_rates()
         weight = self.recipe.patch_weight(self.step)
-        tiles = sum(len(batch.pixels) for batch in batches)
-        answers = sum(int(learnt(batch).sum()) for batch in batches)
+        tiles, answers = total(
+            sum(len(batch.pixels) for batch in batches),
+            sum(int(learnt(batch).sum()) for batch in batches),
+        )
         sums: Counter[str] = Counter()
         for batch in batches:
             losses = {}
@@ -164,15 +173,16 @@ class Trainer:
                     losses["patch_loss"] = self.reader(features, batch.patches) * share
                 if not self.recipe.looking(self.step):
                     logits, targets = answer_logits(self.model, features, batch)
-                    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-                    losses["loss"] = total / answers
+                    summed = F.cross_entropy(logits.float(), targets, reduction="sum")
+                    losses["loss"] = summed / answers
             sums.update({name: loss.item() for name, loss in losses.items()})
             (losses.get("loss", 0) + weight * losses.get("patch_loss", 0)).backward()
+        add_up_gradients([*self.parts.parameters(), *self.reader.parameters()])
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        return dict(sums)
+        return dict(zip(sums, total(*sums.values()), strict=True))
 
     def _set_rates(self) -> None:
         share = self.recipe.rate(self.step)
@@ -197,6 +207,33 @@ class Trainer:
         self.reader.load_state_dict(state["reader"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def part() -> tuple[int, int]:
+    """The number of this process of the run, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(*numbers: float) -> list[float]:
+    """Each number summed over all processes of the run; all must ask."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients over all processes of the run; what none of them used still has none."""
+    if not dist.is_initialized():
+        return
+    users = total(*(parameter.grad is not None for parameter in parameters))
+    used = [parameter for parameter, count in zip(parameters, users, strict=True) if count]
+    for parameter in used:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gradients = [parameter.grad for parameter in used]
+    summed = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(summed)
+    nn.utils.vector_to_parameters(summed, gradients)
 
 
 class PatchMatrix(nn.Conv2d):
@@ -269,13 +306,16 @@ def run(
     """Train to the last step of the recipe, or until `minutes` are over.
 
     `report` gets one dictionary every `every_steps` steps and one for every probe of the validation
-    scenes; `checkpoint` is called every few minutes and at the end.
+    scenes; `checkpoint` is called every few minutes and at the end. Of several processes only the
+    first one does any of this.
     """
+    if part()[0]:
+        report, checkpoint, probe_minutes = _silent, None, float("inf")
     began = saved = probed = time.monotonic()
     for work in steps_ahead(trainer, workers):
         losses = trainer.train_step(work)
         now = time.monotonic()
-        over = bool(minutes) and now - began > 60 * minutes
+        (over,) = total(bool(minutes) and now - began > 60 * minutes)
         if over or trainer.step % every_steps == 0 or trainer.step in (1, 10, trainer.recipe.steps):
             report({"step": trainer.step, "seconds": round(now - began, 1), **losses})
         if checkpoint and now - saved > 60 * every_minutes:
@@ -292,10 +332,14 @@ def run(
         checkpoint()
 
 
+def _silent(entry: dict) -> None:
+    """What the other processes report."""
+
+
 def steps_ahead(trainer: Trainer, workers: int) -> Iterator[list[Batch]]:
     """The work of the trainer's next step and of all after it, made in the background."""
     r = trainer.recipe
-    stream = Stream(trainer.model, r.batch_size, r.seed, r.asked, r.look_steps)
+    stream = Stream(trainer.model, r.batch_size, r.seed, r.asked, r.look_steps, part())
     yield from DataLoader(
         stream,
         batch_size=None,
@@ -337,7 +381,28 @@ def state_path(folder: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    torch.set_num_threads(options.threads)
+    if options.processes == 1:
+        return train(options)
+    with TemporaryDirectory() as folder:
+        try:
+            torch.multiprocessing.spawn(_process, (options, folder), options.processes)
+        except torch.multiprocessing.ProcessExitedException as error:
+            raise SystemExit(error.exit_code) from error
+
+
+def _process(number: int, options: argparse.Namespace, folder: str) -> None:
+    """One of the processes of a run; they meet in a file in the folder."""
+    meeting = (Path(folder) / "meeting").as_uri()
+    dist.init_process_group("gloo", meeting, rank=number, world_size=options.processes)
+    try:
+        train(options)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(options: argparse.Namespace) -> None:
+    """The run that the command line asks for, or this process's share of it."""
+    torch.set_num_threads(max(1, options.threads // options.processes))
     logging.disable_progress_bar()
     log = options.out / "training_log.jsonl"
     if options.resume:
@@ -346,8 +411,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = Trainer(_recipe(options))
         if options.start:
             warm_start(trainer.model, load(options.start, device="cpu"))
-        options.out.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
     recipe = trainer.recipe
     losses: list[float] = []
     began, first = time.monotonic(), trainer.step
@@ -364,17 +427,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save_state(trainer, state_path(options.out))
         save(trainer.model, options.out)
 
-    report(
-        {
-            "start": trainer.step,
-            "recipe": asdict(recipe),
-            "mix": {name: asdict(share) for name, share in MIXES[trainer.model.family].items()},
-            "started_from": options.start and options.start.as_posix(),
-            "machine": machine(options.threads),
-        }
-    )
+    if not part()[0]:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            log.unlink(missing_ok=True)
+        report(
+            {
+                "start": trainer.step,
+                "recipe": asdict(recipe),
+                "mix": {name: asdict(share) for name, share in MIXES[trainer.model.family].items()},
+                "started_from": options.start and options.start.as_posix(),
+                "machine": machine(options.threads),
+            }
+        )
     run(trainer, report, checkpoint, minutes=options.minutes, workers=options.workers)
-    if options.minutes and not losses[-1] < 0.5 * losses[1]:
+    if options.minutes and losses and not losses[-1] < 0.5 * losses[1]:
         raise SystemExit(f"the loss fell from {losses[1]:.2f} to {losses[-1]:.2f} only")
 
 
@@ -393,8 +460,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=tuple(BUILDERS), default="tiny-llava")
     parser.add_argument("--start", type=Path, help="folder of the small model to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=1, help="processes that make data")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--threads", type=int, default=cores, help=f"of all, default {cores}")
+    parser.add_argument(
+        "--processes", type=int, default=min(4, cores), help=f"default {min(4, cores)}"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="for each one, to make data")
     parser.add_argument("--minutes", type=float, help="stop then; fail unless the loss halved")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     numbers = parser.add_argument_group("numbers of the recipe")
