@@ -3,7 +3,7 @@
 # make train-tiny  train a small model again, or go on (MODEL=tiny-llava, tiny-nvila or
 #                  tiny-internvl; OUT=folder, default runs/MODEL)
 # make eval-tiny   its accuracy on 1,000 scenes it has never seen (MODEL as above)
-# make notebooks   run every notebook and save its outputs
+# make notebooks   run every notebook, save its outputs and draw the map of the course
 # make clean       remove the environment
 
 PYTHON ?= python3
@@ -46,6 +46,7 @@ eval-tiny: $(VENV)/.test
 
 notebooks: $(VENV)/.test
 	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/python tools/draw_map.py
 
 clean:
 	rm -rf $(VENV)

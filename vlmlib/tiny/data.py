@@ -68,8 +68,8 @@ WEIGHTS = {
 PRINT_WEIGHTS = {"read_print": 12.0, "find_print": 8.0}
 CLIP_WEIGHTS = {
     "happens": 1.0,
-    "way": 2.0,
-    "which": 1.5,
+    "way": 1.5,
+    "which": 2.5,
     "count_at_end": 1.0,
     "count_at_start": 0.8,
     "where_at_end": 2.0,
@@ -93,9 +93,9 @@ class Share:
 
 
 SCENES_AND_CLIPS = {
-    "scene": Share(0.4, WEIGHTS, "caption"),
-    "print": Share(0.45, WEIGHTS | PRINT_WEIGHTS, "caption", close_up=0.7),
-    "clip": Share(0.15, CLIP_WEIGHTS, "happens"),
+    "scene": Share(0.25, WEIGHTS, "caption"),
+    "print": Share(0.5, WEIGHTS | {"read_print": 20.0, "find_print": 20.0}, "caption", 0.7),
+    "clip": Share(0.25, CLIP_WEIGHTS, "happens"),
 }
 MIXES = {
     "llava": {
