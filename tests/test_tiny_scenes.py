@@ -171,11 +171,12 @@ def test_no_small_print_lies_on_a_cut(seed):
             assert 0.2 < column < 0.8 and 0.2 < row < 0.8
 
 
-def test_small_print_is_lost_in_a_small_picture_and_plain_in_a_tile():
-    """Two prints differ in a few pixels by little there, and in many by much here."""
+@pytest.mark.parametrize("texts", [("472", "172"), ("924", "927"), ("CAT", "BAT"), ("HEN", "PEN")])
+def test_small_print_is_lost_in_a_small_picture_and_plain_in_a_tile(texts):
+    """Two prints differ by little everywhere there, and by much in many pixels here."""
     pictures = [
         draw(Scene((Thing("square", "blue", "large", 4, print=text),), size=(336, 336)))
-        for text in ("47", "17")
+        for text in texts
     ]
 
     def differing(size):

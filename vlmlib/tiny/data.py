@@ -122,6 +122,8 @@ FRAMES = 8
 TOGETHER = 4
 
 CHARACTERS = sorted({character for text in PRINTS for character in text})
+ENLARGED = 1.3
+"""How much larger than in tiles print in a close-up may be: what is larger is learnt earlier."""
 READ_FROM = 7
 """Small print is read off a tile if its font size there is so many pixels."""
 
@@ -274,12 +276,12 @@ def attention_mask(blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 Region = Sequence[float]
 
 
-def close_up(scene: Scene) -> Scene:
+def close_up(scene: Scene, enlarged: float = 1.0) -> Scene:
     """A scene with small print on a single tile, the print as large as in the tiles of a large
-    picture: many times the practice in reading for the same work.
+    picture, or `enlarged` so many times: many times the practice in reading for the same work.
     """
     side = 3 * PIXELS  # of a large picture in tiles
-    print_height = scene.print_height * side / PIXELS
+    print_height = scene.print_height * enlarged * side / PIXELS
     return replace(scene, size=(PIXELS, PIXELS), print_height=print_height)
 
 
@@ -403,7 +405,7 @@ class Stream(Dataset):
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
         moments = frame_moments(rng.uniform(0, 0.5))
         if share.close_up and rng.random() < share.close_up:
-            shown = close_up(shown)
+            shown = close_up(shown, rng.uniform(1, ENLARGED))
         if content == "clip":
             pictures = frames(shown, moments, PIXELS)
         else:

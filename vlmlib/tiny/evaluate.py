@@ -17,13 +17,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from .. import microscope
 from ..budget import image_tokens
 from ..images import ImageSource
 from ..loading import load
-from ..media import Medium, Video
+from ..media import Video
 from ..model import VisionLanguageModel
 from ..sampling import GenParams
 from .clips import CLIP_KINDS, clip_questions, frames, random_clip, write_video
@@ -58,7 +57,7 @@ LOOKED_AT = 200
 """Pictures for which the attention is looked at."""
 
 Progress = Callable[[int, int], None]
-Change = Callable[[Medium], Medium]
+Change = Callable[[ImageSource], ImageSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +100,12 @@ def mp4(pictures: Sequence[Image.Image]) -> bytes:
 
 
 def ask_all(
-    model: VisionLanguageModel,
-    source: ImageSource | Video,
-    asked: Sequence[str],
-    change: Change | None = None,
+    model: VisionLanguageModel, source: ImageSource | Video, asked: Sequence[str]
 ) -> list[str]:
     """Greedy answers to questions about one picture or clip, each asked as the first one. They
-    share a cache, so the picture is read once. `change` is done to every medium before.
+    share a cache, so the picture is read once.
     """
     media = model.prepare([source])
-    media = [change(m) for m in media] if change else media
     cache, answers = model.new_cache(), []
     for question in asked:
         *_, last = model.stream_prompt(
@@ -135,12 +130,15 @@ def grade(
     change: Change | None = None,
     progress: Progress | None = None,
 ) -> list[Graded]:
-    """Ask one question of every kind about the picture or clip of every seed, see `case`."""
+    """Ask one question of every kind about the picture or clip of every seed, see `case`; `change`
+    is done to each of them before.
+    """
     graded: list[Graded] = []
     for done, seed in enumerate(seeds, start=1):
         source, asked = case(content, seed, pixels)
         began = time.perf_counter()
-        given = ask_all(model, source, [qa.question for qa in asked], change)
+        source = change(source) if change else source
+        given = ask_all(model, source, [qa.question for qa in asked])
         share = (time.perf_counter() - began) / max(1, len(asked))
         graded += [Graded(seed, qa, text, share) for qa, text in zip(asked, given, strict=True)]
         if progress:
@@ -148,25 +146,14 @@ def grade(
     return graded
 
 
-def without_detail(medium: Medium) -> Medium:
-    """Every tile drawn again, out of the one that shows the most of the picture: as many tiles and
-    positions as before, but no more to be seen than in that one. Only that tile stays as it is.
+def without_detail(picture: Image.Image, pixels: int = 112) -> Image.Image:
+    """The picture as sharp as in one view whose longer side has so many pixels, in its old size: it
+    becomes as many tiles as before, and they show no more than that view.
     """
-    left, top, right, bottom = medium.shown.T
-    whole = int(((right - left) * (bottom - top)).argmax())
-    nothing = torch.zeros_like(left)
-    x = torch.stack([right - left, nothing, left + right - 1], dim=1)
-    y = torch.stack([nothing, bottom - top, top + bottom - 1], dim=1)
-    grid = F.affine_grid(torch.stack([x, y], dim=1), medium.pixels.shape, align_corners=False)
-    pixels = F.grid_sample(
-        medium.pixels[whole].expand_as(medium.pixels),
-        grid,
-        mode="bicubic",
-        padding_mode="border",
-        align_corners=False,
-    )
-    pixels[whole] = medium.pixels[whole]
-    return replace(medium, pixels=pixels)
+    width, height = picture.size
+    scale = pixels / max(width, height)
+    small = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> list[float]:
@@ -253,7 +240,7 @@ def measure(
     progress: Progress | None = None,
 ) -> dict:
     """`summary` of each content, with visual tokens and seconds for each picture; for small print
-    also without the tiles that show it, and where the attention was.
+    also without the detail that shows it, and where the attention was.
     """
     numbers = {}
     for content in contents:
@@ -332,15 +319,15 @@ def _rows(title: str, part: dict) -> Iterator[tuple[str, str, str]]:
     if "objects_right" in part:
         yield f"{title}: things in captions", "", f"{part['objects_right']:.1%}"
     for kind, row in part.get("without_detail", {}).items():
-        yield f"{title}: {kind}, tiles enlarged", f"{row['n']:,}", f"{row['right']:.1%}"
+        yield f"{title}: {kind}, without detail", f"{row['n']:,}", f"{row['right']:.1%}"
     for kind, share in part.get("chance", {}).items():
         yield f"{title}: {kind}, by chance", "", f"{share:.1%}"
 
 
 ABLATION = """
-"Tiles enlarged": every tile is cut out of the small picture of the whole and enlarged, so that
-there are as many visual tokens as before, but nothing more to be seen in them. What is lost is
-what the tiles are for.
+"Without detail": the picture is first made as small as one view of the whole and then enlarged
+again, so that there are as many tiles and visual tokens as before, but nothing more to be seen in
+them. What is lost is what the tiles are for.
 """
 
 LOOKED = """
@@ -356,7 +343,7 @@ KNOWS = {
     "scene": "one to five shapes ({shapes}) in six colours and two sizes on a grid of three by "
     "three places, on a plain light or dark background, a large one sometimes with one of the "
     "characters {labels}",
-    "print": "large shapes with a word of three letters or a number of two digits in small print",
+    "print": "large shapes with a word of three letters or a number of three digits in small print",
     "clip": "clips in which one shape moves, appears, vanishes or turns another colour",
 }
 

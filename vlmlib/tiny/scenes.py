@@ -50,12 +50,20 @@ PLACES = (
     "at the bottom right",
 )
 WORDS = (
-    "ANT", "BAT", "BOX", "BUS", "CAP", "CAT", "COW", "CUP", "DOG", "EGG", "FAN", "FLY",
-    "FOX", "GEM", "HAT", "HEN", "INK", "JAM", "KEY", "LEG", "MAP", "NET", "OAK", "OWL",
-    "PEN", "PIE", "PIG", "RAT", "SEA", "SKY", "SUN", "TEA", "TOY", "VAN", "WEB", "ZOO",
+    "ACE", "AGE", "AIR", "ANT", "APE", "ARM", "ART", "ASH", "AXE", "BAG", "BAR", "BAT", "BEE",
+    "BOW", "BOX", "BOY", "BUD", "BUG", "BUS", "CAB", "CAP", "CAR", "CAT", "COB", "COD", "COT",
+    "COW", "CUB", "CUP", "DAY", "DEN", "DEW", "DOG", "DOT", "EAR", "EEL", "EGG", "ELF", "ELK",
+    "EYE", "FAN", "FIG", "FIN", "FIR", "FLY", "FOG", "FOX", "FUR", "GAP", "GEM", "GUM", "HAM",
+    "HAT", "HAY", "HEN", "HIP", "HUT", "ICE", "INK", "INN", "IVY", "JAM", "JAR", "JAW", "JET",
+    "JOB", "JOY", "JUG", "KEY", "KID", "KIT", "LAB", "LEG", "LID", "LIP", "LOG", "MAN", "MAP",
+    "MAT", "MIX", "MOB", "MUD", "MUG", "NET", "NUT", "OAK", "OAR", "OAT", "OIL", "OWL", "PAN",
+    "PAW", "PEA", "PEN", "PET", "PIE", "PIG", "PIN", "PIT", "POT", "PUP", "RAM", "RAT", "RAY",
+    "RIB", "ROD", "ROW", "RUG", "RYE", "SAP", "SAW", "SEA", "SKY", "SPY", "SUN", "TAG", "TAP",
+    "TAR", "TEA", "TEN", "TIE", "TIN", "TIP", "TOE", "TOP", "TOY", "TUB", "URN", "VAN", "VET",
+    "WAX", "WEB", "WIG", "WOK", "YAK", "YAM", "ZIP", "ZOO",
 )  # fmt: skip
-DIGITS = "0124579"  # nor these at eight; 3, 6 and 8 do
-PRINTS = WORDS + tuple(a + b for a in DIGITS[1:] for b in DIGITS)
+DIGITS = "0124579"  # nor these at eleven; 3, 6 and 8 do
+PRINTS = WORDS + tuple(a + b + c for a in DIGITS[1:] for b in DIGITS for c in DIGITS)
 PRINT_HEIGHT = 11 / 336  # font size, as a fraction of the longer side of a large picture
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 MAX_THINGS = 5
@@ -701,10 +709,10 @@ def example_scenes() -> dict[str, Scene]:
     square = Scene(
         (
             Thing("circle", "red", "large", 0, print="FOX"),
-            Thing("square", "blue", "large", 2, print="47", angle=5),
+            Thing("square", "blue", "large", 2, print="472", angle=5),
             Thing("star", "yellow", "small", 4),
             Thing("diamond", "green", "large", 7, print="SUN"),
-            Thing("triangle", "orange", "large", 8, print="92"),
+            Thing("triangle", "orange", "large", 8, print="921"),
         ),
         light,
         size=(336, 336),
@@ -712,7 +720,7 @@ def example_scenes() -> dict[str, Scene]:
     wide = Scene(
         (
             Thing("star", "purple", "large", 0, print="KEY"),
-            Thing("circle", "orange", "large", 2, print="15"),
+            Thing("circle", "orange", "large", 2, print="150"),
             Thing("square", "green", "large", 7, print="OWL", angle=-5),
         ),
         dark,
@@ -721,8 +729,8 @@ def example_scenes() -> dict[str, Scene]:
     tall = Scene(
         (
             Thing("triangle", "blue", "large", 0, print="TEA"),
-            Thing("circle", "yellow", "large", 5, print="50"),
-            Thing("diamond", "red", "large", 6, print="21", angle=4),
+            Thing("circle", "yellow", "large", 5, print="507"),
+            Thing("diamond", "red", "large", 6, print="219", angle=4),
             Thing("square", "purple", "small", 8),
         ),
         ((232, 238, 244),) * 4,

@@ -89,11 +89,25 @@ class Recipe:
 
 RECIPES = {
     "tiny-llava": Recipe(),
-    "tiny-internvl": Recipe("tiny-internvl", steps=5_000, look_steps=1_000, batch_size=16),
-    "tiny-nvila": Recipe("tiny-nvila", steps=3_000, look_steps=300, batch_size=16),
+    "tiny-internvl": Recipe(
+        "tiny-internvl",
+        steps=6_500,
+        look_steps=2_000,
+        batch_size=24,
+        flat_until=0.6,
+        patch_loss_until=0.8,
+    ),
+    "tiny-nvila": Recipe(
+        "tiny-nvila",
+        steps=2_500,
+        look_steps=200,
+        batch_size=24,
+        flat_until=0.5,
+        patch_loss_until=0.8,
+    ),
 }
 """tiny-llava begins with nothing, each other one (`--start`) with what the one before it learnt.
-These take half the pictures a step, each of many tiles.
+These take fewer pictures a step, each of many tiles.
 """
 
 
