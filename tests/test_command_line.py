@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,28 @@ def test_quiet_and_json(capsys):
     summary = json.loads(err)
     assert summary["text"] + "\n" == out
     assert summary["usage"]["completion_tokens"] > 1
+
+
+def test_a_terminal_is_told_how_far_loading_is(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    question = "How many shapes are there?"
+    assert main([PICTURE, question, "--quiet", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().err.split("\r")
+    size = sum(vlmlib.memory_estimate("tiny-llava").values())
+    assert lines[0] == "loading tiny-llava ... " and len(lines) > 20
+    assert re.fullmatch(
+        rf"loading tiny-llava ... 100% of {size / 1e6:.1f} MB, [\d.]+ s\n", lines[-1]
+    )
+
+
+def test_no_room_is_told_on_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(vlmlib.checkpoint, "free_memory", lambda device: 1e6)
+    assert main([PICTURE, "What?", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    first, second, rest = err.split("\n")
+    assert (out, rest) == ("", "") and re.fullmatch(r"loading tiny-llava ... [\d.]+ s", first)
+    assert second.startswith("vlmlib: error: ") and "of cpu's memory 1.0 MB are free" in second
 
 
 def test_sampling_options_reach_the_sampler(capsys):

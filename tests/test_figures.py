@@ -6,9 +6,12 @@ import io
 
 import pytest
 from helpers import noise
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
-from vlmlib.figures import axes, context_bars, show, tiling
+from vlmlib.course import visible
+from vlmlib.decoding import TokenTrace
+from vlmlib.figures import axes, choices, context_bars, heat, show, sureness, tiling
 
 WORDS = {"caption": "A caption.", "alt": "what is there"}
 
@@ -27,6 +30,12 @@ def test_fewer_colours_and_less_space_but_the_same_size():
     figure, _ = axes(3, 2)
     assert opened(show(figure, **WORDS, colours=8)).size == (450, 300)
     assert show(figure, **WORDS, colours=8).width == 300
+
+
+def test_few_colours_are_those_of_the_picture():
+    picture = Image.linear_gradient("L").convert("RGB")
+    picture.paste("#D55E00", (10, 10, 30, 30))
+    assert opened(show(picture, **WORDS, colours=8)).convert("RGB").getpixel((12, 12))[0] > 200
 
 
 def test_words_are_needed():
@@ -51,3 +60,44 @@ def test_what_does_not_fit_stands_out():
     assert [text.get_text() for text in ax.texts] == ["1,000  (25%)", "6,000  (150%)"]
     beyond = ax.containers[-1]
     assert [bar.get_width() for bar in beyond] == [0, 2000]
+
+
+def trace(text: str, probability: float, *others: tuple[str, float]) -> TokenTrace:
+    best = [(0, text, probability), *((i + 1, t, p) for i, (t, p) in enumerate(others))]
+    return TokenTrace(0, text, probability, probability, 0.0, best)
+
+
+def test_the_strip_tells_doubt_and_leaves_sure_tokens_alone():
+    tokens = [trace(" A", 1.0, ("B", 0.001)), trace("\n", 0.6, (" red", 0.3), (" blue", 0.1))]
+    (ax,) = choices(tokens).axes
+    assert [t.get_text() for t in ax.texts] == ["␣A", "⏎", ".60", "␣red .30", "␣blue .10"]
+    assert [to_hex(p.get_facecolor()) for p in ax.patches] == [sureness(1.0), sureness(0.6)]
+    (ax,) = choices(tokens, least=0.2).axes
+    assert len(ax.texts) == 4
+
+
+@pytest.mark.parametrize("width", [2.0, 7.0])
+def test_a_long_strip_is_broken_and_nothing_overlaps(width):
+    tokens = [trace(f" token{i}", 0.5, (" another", 0.5)) for i in range(40)]
+    figure = choices(tokens, width=width)
+    assert figure.get_figwidth() <= width + 0.2
+    (ax,) = figure.axes
+    boxes = [(p.get_x(), p.get_y(), p.get_width()) for p in ax.patches]
+    assert len(boxes) == 40 and len({y for _, y, _ in boxes}) > 2
+    for (x, y, wide), (next_x, next_y, _) in zip(boxes, boxes[1:], strict=False):
+        assert (next_y == y and next_x >= x + wide) or (next_y > y + 30 and next_x == 0)
+
+
+def test_sure_is_pale():
+    brightness = [sum(to_rgb(sureness(p))) for p in (0.0, 0.5, 1.0)]
+    assert brightness == sorted(brightness) and brightness[0] < brightness[2]
+    assert visible(" a\n") == "␣a⏎"
+
+
+def test_heat_is_where_the_weights_are():
+    figure, ax = axes(2, 2)
+    heat(ax, noise(40, 20), [[0.0, 1.0], [0.5, -3.0]])
+    grey, paint = ax.images
+    assert paint.get_array()[..., 3].tolist() == [[0, 230], [115, 0]]
+    assert grey.get_extent() == paint.get_extent() == [0, 40, 20, 0]
+    heat(ax, noise(4, 4), [[0.0]])  # nothing anywhere

@@ -86,7 +86,7 @@ def internvl_tokenizer(*more: str) -> PreTrainedTokenizerFast:
 
 def internvl_net(tokenizer, seed: int = 0, **changes) -> InternVLForConditionalGeneration:
     """Random, and wild enough that its greedy answers differ from prompt to prompt."""
-    vision = {"use_mean_pooling": changes.pop("use_mean_pooling", True)}
+    vision, text = changes.pop("vision", {}), changes.pop("text", {})
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=16,
@@ -106,6 +106,7 @@ def internvl_net(tokenizer, seed: int = 0, **changes) -> InternVLForConditionalG
             max_position_embeddings=CONTEXT,
             vocab_size=len(tokenizer) + 3,
             eos_token_id=tokenizer.eos_token_id,
+            **text,
         ),
         image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN),
         image_seq_length=TOKENS,
@@ -325,7 +326,7 @@ def test_pictures_of_every_mode(model):
     "changes",
     [
         {},
-        {"use_mean_pooling": False},
+        {"vision": {"use_mean_pooling": False}},
         {"vision_feature_layer": -2},
         {"vision_feature_layer": 1},
         {"downsample_ratio": 0.25},

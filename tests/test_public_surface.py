@@ -223,3 +223,35 @@ def test_nothing_is_printed(family, capfd):
     list(ask(family, pixels(1), echo=True, trace=2))
     ask(family, pixels(1)).close()
     assert capfd.readouterr() == ("", "")
+
+
+# ---- answers that have begun ----
+
+
+@in_all_families
+@pytest.mark.parametrize("begun", [1, 3])
+def test_an_answer_goes_on_from_any_token(family, begun):
+    """As if the model had drawn it; with a cache all but the changed token is kept."""
+    model, media = model_of(family), pixels(1)
+    params = GenParams.greedy(n_predict=6)
+
+    def stream(answer=(), **options):
+        options |= {"answer": answer, "trace": 4}
+        chunks = list(model.stream_prompt(PROMPT, media, params, **options))
+        return [token for chunk in chunks for token in chunk["tokens"]], chunks[-1]
+
+    tokens, _ = stream()
+    ids = [t.id for t in tokens]
+    again, last = stream(ids[:begun], stream_interval=99)
+    assert [t.id for t in again][: 6 - begun] == ids[begun:]
+    said = model.tokenizer.decode([t.id for t in again])
+    assert last["text"].rstrip("\ufffd") == said.rstrip("\ufffd")  # no half characters
+    cache = model.new_cache()
+    held = {"cache": cache, "chunk_prefilling": True}
+    stream(ids[:begun], **held)
+    other = [*ids[: begun - 1], tokens[begun - 1].alternatives[2][0]]
+    branch, last = stream(other, start_pos=len(cache), **held)
+    whole, _ = stream(other)
+    assert [t.id for t in branch] == [t.id for t in whole]
+    assert last["timing"]["context_tokens"] == 1
+    assert last["usage"]["completion_tokens"] == 6

@@ -73,7 +73,7 @@ def test_grids_with_fewest_tiles_first():
     assert tile_grids(3, 3) == [(1, 3), (3, 1)]
 
 
-@pytest.mark.parametrize(("low", "high"), [(5, 3), (0, 4), (-1, -1)])
+@pytest.mark.parametrize(("low", "high"), [(5, 3), (0, 4), (-1, -1), (1, 10**9)])
 def test_no_grid_is_an_error(low, high):
     with pytest.raises(ShapeError, match=f"got {low} and {high}"):
         dynamic_preprocess(Image.new("RGB", (5, 5)), low, high)
@@ -210,6 +210,12 @@ def test_ties():
 def test_a_resolution_that_is_no_grid_names_both_sizes():
     with pytest.raises(ShapeError, match="500x336 .* tiles of 336"):
         get_anyres_image_grid_shape((640, 480), [(500, 336)], 336)
+
+
+@pytest.mark.parametrize("size", [(0, 336), (-336, -336), (33600, 33600)])
+def test_a_resolution_of_no_tiles_or_too_many(size):
+    with pytest.raises(ShapeError, match="tiles of 336, expected 1 to 256 tiles"):
+        get_anyres_image_grid_shape((640, 480), [size], 336)
 
 
 # ---- anyres: the tiles ----

@@ -48,7 +48,7 @@ from .internvl import (
     InternVLStreamGenerator,
 )
 from .llava import Llava, LlavaNext, LlavaStreamGenerator, process_images
-from .loading import DATA, load, load_pretrained_model, shipped_models
+from .loading import DATA, load, load_pretrained_model, memory_estimate, shipped_models
 from .media import Medium, Video
 from .model import VisionLanguageModel
 from .nvila import NVILA, NVILAStreamGenerator
@@ -143,6 +143,7 @@ __all__ = [
     "load_image",
     "load_pretrained_model",
     "load_video",
+    "memory_estimate",
     "merge_anyres",
     "merge_chessboard",
     "merge_features_for_dynamic_s2",

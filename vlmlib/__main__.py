@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from . import DATA, GenParams, TimeStats, load, shipped_models, stream, stream_output
+from .checkpoint import told
 from .errors import VlmError
 
 EXAMPLES = f"""examples:
@@ -20,6 +21,7 @@ EXAMPLES = f"""examples:
   python -m vlmlib data/images/three-shapes.png "Describe the picture." --temp 0.8 --seed 1
   python -m vlmlib photo.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --device cuda
 
+Weights that do not fit into memory are not read: the error tells what would fit.
 The answer goes to standard output while it is made; the summary goes to standard error, so that
 the answer alone can be piped. Exit status: 0 answered, 1 bad input, 2 bad options, 130 stopped.
 
@@ -57,9 +59,9 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
     )
-    with _said(f"loading {args.model}"):
+    with _said(f"loading {args.model}") as progress:
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        model = load(args.model, device=args.device, dtype=dtype)
+        model = load(args.model, device=args.device, dtype=dtype, progress=progress)
     stats, usage = TimeStats(), {}
 
     def chunks():
@@ -78,15 +80,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Tell a person at a terminal what takes so long."""
-    shown = sys.stderr.isatty()
+def _said(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Tell a person at a terminal what takes so long, and how much of it is done."""
+
+    def say(text: str, end: str = "") -> None:
+        if sys.stderr.isatty():
+            print(text, end=end, file=sys.stderr, flush=True)
+
     start = perf_counter()
-    if shown:
-        print(f"{what} ... ", end="", file=sys.stderr, flush=True)
-    yield
-    if shown:
-        print(f"{perf_counter() - start:.1f} s", file=sys.stderr)
+    say(f"{what} ... ")
+    try:
+        yield lambda done, total: say(f"\r{what} ... {done / total:.0%} of {told(total)}, ")
+    finally:  # an error is told on a line of its own
+        say(f"{perf_counter() - start:.1f} s", end="\n")
 
 
 def _parser() -> argparse.ArgumentParser:

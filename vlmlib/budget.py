@@ -13,7 +13,7 @@ from transformers import InternVLConfig, LlavaConfig, LlavaNextConfig, Pretraine
 
 from .errors import CheckpointError, ShapeError
 from .internvl import tile_pixels, tokens_per_tile
-from .llava import input_tokens, pinpoints
+from .llava import LlavaNext, input_tokens, pinpoints
 from .model import VisionLanguageModel
 from .nvila_checkpoint import NVILAConfig
 from .nvila_encoders import build_encoder
@@ -54,7 +54,8 @@ def _llava(config: LlavaConfig, model, width: int, height: int) -> int:
 def _llava_next(config: LlavaNextConfig, model, width: int, height: int) -> int:
     vision = config.vision_config
     grid = (pinpoints(config), vision.image_size, vision.patch_size)
-    return anyres_tokens(width, height, *grid, rounding="hf")
+    rounding = LlavaNext.rounding if model is None else model.rounding
+    return anyres_tokens(width, height, *grid, rounding=rounding)
 
 
 def _internvl(config: InternVLConfig, model, width: int, height: int) -> int:

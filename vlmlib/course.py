@@ -89,11 +89,16 @@ class Strip:
         for start in range(0, len(self.ids), self.columns):
             ids = self.ids[start : start + self.columns]
             texts = self.texts[start : start + self.columns]
-            shown = [html.escape(t.replace("\n", "⏎").replace(" ", "␣")) for t in texts]
+            shown = [html.escape(visible(text)) for text in texts]
             above = "".join(map(cell, ids, shown))
             below = "".join(map(cell, ids, map(str, ids)))
             lines.append(f"<table><tr>{above}</tr><tr>{below}</tr></table>")
         return "".join(lines) + f"<p><em>{html.escape(self.caption)}</em></p>"
+
+
+def visible(text: str) -> str:
+    """The text of a token with its spaces and line breaks to be seen."""
+    return text.replace("\n", "⏎").replace(" ", "␣")
 
 
 def check(answer: Any, test: Callable[[Any], bool], hint: str) -> str:

@@ -10,14 +10,21 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from .course import visible
+
+if TYPE_CHECKING:
+    from .decoding import TokenTrace
 
 # Okabe and Ito's colours: told apart by colour-blind readers, on white as on dark grey.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -92,8 +99,11 @@ def _saved(picture: Image.Image) -> bytes:
 
 
 def _reduced(png: bytes, colours: int) -> bytes:
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    return _saved(picture.quantize(colours, dither=Image.Dither.NONE))
+    none, few = Image.Dither.NONE, Image.Quantize.MAXCOVERAGE  # keeps colours of small areas
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=none)
+    if colours < 256:  # of 256 the best few are found at once, of a photograph's in many seconds
+        picture = picture.convert("RGB").quantize(colours, method=few, kmeans=3, dither=none)
+    return _saved(picture)
 
 
 def png_of(figure: Figure) -> bytes:
@@ -163,6 +173,64 @@ def distribution(
     ax.invert_yaxis()
     ax.legend(handles=bars, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
+
+
+def sureness(probability: float) -> str:
+    """A colour for a token, black text on it can be read: pale where the model was sure of it."""
+    pale, strong = np.array(to_rgb("#DCE9F2")), np.array(to_rgb(YELLOW))
+    return to_hex(strong + probability**2 * (pale - strong))
+
+
+def choices(tokens: Sequence[TokenTrace], *, least: float = 0.01, width: float = 7.0) -> Figure:
+    """An answer, at least one token, as a strip in the colours of `sureness`, in as many lines of
+    at most `width` inches as it takes.
+
+    Below a token the model was not sure of stand its probability and, in grey, those of its
+    alternatives that had at least `least`.
+    """
+    character, line, right = 5.5, 10.0, 72 * width - 8  # points, for 9 and 7.5 point letters
+    cells, x, y, deepest = [], 0.0, 0.0, 0
+    for token in tokens:
+        others = [(t, p) for i, t, p in token.alternatives if i != token.id and p >= least]
+        below = [f"{visible(text)} {_short(p)}" for text, p in others]
+        own = [_short(token.probability)] if below or token.probability < 1 - least else []
+        name = visible(token.text)
+        size = max([character * len(name), *(0.85 * character * len(t) for t in below)]) + 5
+        if x and x + size > right:
+            x, y, deepest = 0.0, y + line * (deepest + 2.4), 0
+        cells.append((x, y, size, name, own, below, token.probability))
+        x, deepest = x + size + 2, max(deepest, len(own) + len(below))
+    height, right = y + line * (deepest + 1.8), max(x + size for x, _, size, *_ in cells)
+    figure = Figure(figsize=((right + 8) / 72, height / 72 + 0.08))
+    ax = figure.add_axes((0.005, 0, 0.99, 1), xlim=(-1, right + 1), ylim=(height + 3, -2))
+    ax.axis("off")
+    for x, y, size, name, own, below, p in cells:
+        ax.add_patch(Rectangle((x, y), size, 1.5 * line, color=sureness(p), lw=0))
+        style = {"family": "monospace", "ha": "center", "va": "center"}
+        ax.text(x + size / 2, y + 0.78 * line, name, fontsize=9, color="black", **style)
+        for k, text in enumerate([*own, *below]):
+            colour, weight = ("black", "bold") if k < len(own) else ("#505050", "normal")
+            at = y + line * (2.1 + k)
+            ax.text(x + size / 2, at, text, fontsize=7.5, color=colour, weight=weight, **style)
+    return figure
+
+
+def _short(probability: float) -> str:
+    return f"{probability:.2f}".lstrip("0")
+
+
+def heat(ax: Axes, image: Image.Image, weights: Any) -> None:
+    """Draw a picture in pale grey on `ax`, and over it (height, width) weights of any resolution:
+    the larger, the more orange.
+    """
+    weights = np.asarray(weights, dtype=float).clip(min=0)
+    paint = np.full((*weights.shape, 4), [*to_rgb(ORANGE), 0.9])
+    paint[..., 3] *= weights / (weights.max() or 1)
+    grey = 108 + 0.48 * np.asarray(image.convert("L"))[..., None].repeat(3, axis=-1)
+    extent = (0, image.width, image.height, 0)
+    ax.imshow(grey.round().astype(np.uint8), extent=extent)  # bytes: floats would become grainy
+    ax.imshow((255 * paint).round().astype(np.uint8), extent=extent, interpolation="nearest")
+    ax.axis("off")
 
 
 def reuse(turns: Sequence[tuple[int, int, int]], *, width: float = 7.0) -> Figure:

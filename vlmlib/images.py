@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .checkpoint import read_json
 from .errors import CheckpointError, ImageError
 
 ImageSource = Image.Image | str | os.PathLike | bytes
@@ -83,6 +84,9 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
+LARGEST = 2048
+"""Pixels along a side that a preprocessor_config.json may ask for; no tower takes as many."""
+
 SLIVER = 64
 """Of a picture more than this many times as long as wide only the middle is scaled."""
 
@@ -121,13 +125,9 @@ class ImageProcessor:
         folder = Path(folder)
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (path := folder / name).is_file():
-                try:
-                    config = json.loads(path.read_text())
-                    config = config.get("image_processor", config)
-                    found = "image_mean" in config
-                except (ValueError, TypeError, AttributeError) as e:
-                    raise CheckpointError(f"{path}: not readable as a JSON object ({e})") from None
-                if found:
+                config = read_json(path)
+                config = config.get("image_processor", config)
+                if isinstance(config, dict) and "image_mean" in config:
                     return cls._from_config(config, path)
         raise CheckpointError(f"{folder}: no preprocessor_config.json with an image_mean")
 
@@ -137,22 +137,61 @@ class ImageProcessor:
             size, crop = config["size"], config.get("crop_size") or config["size"]
             edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
             crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-            return cls(
+            made = cls(
                 shortest_edge=int(edge),
                 crop_height=int(crop["height"]),
                 crop_width=int(crop["width"]),
-                image_mean=tuple(config["image_mean"]),
-                image_std=tuple(config["image_std"]),
-                resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+                image_mean=tuple(map(float, config["image_mean"])),
+                image_std=tuple(map(float, config["image_std"])),
+                resample=Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)),
                 rescale_factor=float(config.get("rescale_factor", 1 / 255)),
                 do_pad=bool(config.get("do_pad", False)),
                 min_patches=int(config.get("min_patches", 1)),
                 max_patches=int(config.get("max_patches", 12)),
             )
+            made._check()
+            return made
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise CheckpointError(
                 f"{path}: not a CLIP preprocessor configuration ({e!r})"
             ) from None
+
+    def _check(self) -> None:
+        """Raise ValueError for pictures that would fill the memory, or be no numbers."""
+        sides = (self.shortest_edge, self.crop_height, self.crop_width)
+        if not all(1 <= side <= LARGEST for side in sides):
+            raise ValueError(f"sizes {sides}, expected 1 to {LARGEST}")
+        scaling = (*self.image_mean, *self.image_std, self.rescale_factor)
+        counts = len(self.image_mean), len(self.image_std)
+        if counts != (3, 3) or 0 in self.image_std or not all(map(isfinite, scaling)):
+            raise ValueError("expected finite numbers, three of image_mean and of image_std, not 0")
+
+    def check_size(self, size: int | Sequence[int]) -> None:
+        """Raise CheckpointError if this is not for a tower of that size, a side or (h, w)."""
+        height, width = (size, size) if isinstance(size, int) else size
+        if (self.crop_height, self.crop_width) != (height, width):
+            raise CheckpointError(
+                f"its pictures are cut to {self.crop_height} x {self.crop_width} pixels, but its "
+                f"vision tower takes {height} x {width}"
+            )
+
+    def to_dict(self, kind: str) -> dict[str, Any]:
+        """What `from_folder` reads, as transformers' image processor of that name writes it."""
+        sizes = {"size": self.crop_size}
+        if kind.startswith(("CLIP", "Llava")):
+            edge = {"shortest_edge": self.shortest_edge}
+            sizes = {"size": edge, "crop_size": self.crop_size, "do_center_crop": True}
+        return {
+            "image_processor_type": kind,
+            **sizes,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "resample": int(self.resample),
+            "rescale_factor": self.rescale_factor,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+        }
 
     @property
     def crop_size(self) -> dict[str, int]:

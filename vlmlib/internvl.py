@@ -92,6 +92,7 @@ class InternVL(VisionLanguageModel):
     """
 
     family = "internvl"
+    image_processor_type = "GotOcr2ImageProcessor"
     net: InternVLForConditionalGeneration
 
     def __init__(self, net, tokenizer, image_processor: ImageProcessor | None = None):
@@ -115,6 +116,11 @@ class InternVL(VisionLanguageModel):
     def stop_token_ids(self) -> list[int]:
         end = self.tokenizer.get_vocab().get(TURN_END)
         return end_of_answer_ids(self.net, self.tokenizer, [] if end is None else [end])
+
+    def processor_config(self) -> dict[str, Any]:
+        p = self.image_processor
+        tiles = {"min_patches": p.min_patches, "max_patches": p.max_patches}
+        return super().processor_config() | tiles | {"crop_to_patches": True}
 
     def prepare(self, sources: Sequence[ImageSource | Video]) -> list[Medium]:
         return [self._clip(s) if isinstance(s, Video) else self._picture(s) for s in sources]

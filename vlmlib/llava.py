@@ -25,12 +25,13 @@ from transformers import (
 )
 
 from .cache import KVCache
+from .conversation import Conversation
 from .decoding import Chunk, Turn
 from .errors import CacheError, ShapeError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium
-from .model import Media, VisionLanguageModel, answer_turn
+from .model import Media, Part, VisionLanguageModel, answer_turn, end_of_answer_ids
 from .sampling import GenParams
 from .tiling import (
     Size,
@@ -50,10 +51,15 @@ from .tokenization import (
 
 
 class Llava(VisionLanguageModel):
-    """LLaVA-1.5 around transformers' LlavaForConditionalGeneration."""
+    """LLaVA-1.5 around transformers' LlavaForConditionalGeneration.
+
+    conversation  the prompts of an original checkpoint; None: the tokenizer's chat template
+    """
 
     family = "llava"
+    image_processor_type = "CLIPImageProcessor"
     net: LlavaForConditionalGeneration
+    conversation: Conversation | None = None
 
     prepare_inputs_labels_for_multimodal = prepare_inputs_labels_for_multimodal
 
@@ -111,15 +117,45 @@ class Llava(VisionLanguageModel):
     def prompt_ids(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
 
+    def conversation_prompt(self, messages: Sequence[tuple[str, Sequence[Part]]]) -> str:
+        if self.conversation is None:
+            return super().conversation_prompt(messages)
+        talk = self.conversation.copy()
+        for role, parts in messages:
+            text = "".join(p.get("text", IMAGE_TOKEN + "\n") for p in self._content(parts))
+            if role == "system":
+                talk.system = text
+            else:
+                talk.append_message(talk.roles[role == "assistant"], text)
+        talk.append_message(talk.roles[1], None)
+        return talk.get_prompt()
+
+    def processor_config(self) -> dict[str, Any]:
+        return super().processor_config() | {"do_pad": self.image_processor.do_pad}
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        end = self.conversation and self.tokenizer.get_vocab().get(self.conversation.stop_str)
+        return end_of_answer_ids(self.net, self.tokenizer, [] if end is None else [end])
+
 
 class LlavaNext(Llava):
-    """LLaVA-1.6 around transformers' LlavaNextForConditionalGeneration: anyres tiles."""
+    """LLaVA-1.6 around transformers' LlavaNextForConditionalGeneration: anyres tiles.
 
+    rounding  of padding, see `vlmlib.tiling.ROUNDING`: "original" for an original checkpoint
+    """
+
+    image_processor_type = "LlavaNextImageProcessor"
     net: LlavaNextForConditionalGeneration
+    rounding: str = "hf"
 
     @property
     def pinpoints(self) -> list[Size]:
         return pinpoints(self.config)
+
+    def processor_config(self) -> dict[str, Any]:
+        pinpoints = {"image_grid_pinpoints": self.config.image_grid_pinpoints}
+        return super().processor_config() | pinpoints
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
         pictures = [load_image(source) for source in sources]
@@ -136,7 +172,7 @@ class LlavaNext(Llava):
                 f"{tuple(pixels.shape)}: prepare_images makes them"
             )
         grid = (self.pinpoints, vision.image_size, vision.patch_size)
-        return Medium(pixels, anyres_tokens(*size, *grid, rounding="hf"), size=tuple(size))
+        return Medium(pixels, anyres_tokens(*size, *grid, rounding=self.rounding), size=tuple(size))
 
     def medium(self, pixels: Tensor) -> Medium:
         raise TypeError("LLaVA-1.6 needs the picture's size too: use prepare([picture]) or sized")
@@ -144,7 +180,7 @@ class LlavaNext(Llava):
     def boxes(self, medium: Medium) -> Tensor:
         vision = self.config.vision_config
         grid = (self.pinpoints, vision.image_size, vision.patch_size)
-        return anyres_boxes(*medium.size, *grid, rounding="hf")
+        return anyres_boxes(*medium.size, *grid, rounding=self.rounding)
 
     def project(self, features: Tensor, medium: Medium) -> Tensor:
         vision = self.config.vision_config
@@ -155,7 +191,7 @@ class LlavaNext(Llava):
             vision.image_size,
             vision.image_size // vision.patch_size,
             self.net.model.image_newline,
-            rounding="hf",
+            rounding=self.rounding,
         )
 
 

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import (
-    AutoTokenizer,
-    InternVLForConditionalGeneration,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-)
+from huggingface_hub import is_offline_mode, snapshot_download
 
-from .checkpoint import SMALL, blaming, default_dtype, find_device, load_net, read_config
+from .checkpoint import (
+    Origin,
+    Progress,
+    Weights,
+    blaming,
+    check_depth,
+    check_layers,
+    check_links,
+    default_dtype,
+    fill,
+    find_device,
+    finish,
+    in_one_line,
+    is_tied,
+    load_tokenizer,
+    memory_by_part,
+    read_config,
+    renamed,
+    stored_weights,
+    without_code,
+)
 from .errors import CheckpointError
 from .images import ImageProcessor
-from .internvl import InternVL
-from .llava import Llava, LlavaNext
+from .layouts import FAMILIES, LAYOUTS, Layout
 from .model import VisionLanguageModel
 from .nvila import NVILA
-from .nvila_checkpoint import is_nvila
+from .nvila_checkpoint import nvila_weights
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 """The repository's pictures and checkpoints."""
 
-FAMILIES = {
-    "llava": (Llava, LlavaForConditionalGeneration),
-    "llava_next": (LlavaNext, LlavaNextForConditionalGeneration),
-    "internvl": (InternVL, InternVLForConditionalGeneration),
-}
-"""config.json's model_type -> (vlmlib's class, transformers' class)."""
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+PICKLES = ("*pytorch_model*.bin",)
+"""Of a hub id; these only if it has no safetensors."""
 
 
 def load(
@@ -44,6 +56,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> VisionLanguageModel:
     """Load a model with its tokenizer and preprocessing, ready for `vlmlib.stream`.
 
@@ -52,18 +65,37 @@ def load(
     dtype       default: on a GPU the checkpoint's own; on a CPU float32 for small models (under
                 200 MB of weights) and bfloat16 for large ones
     revision    commit, tag or branch of a hub id
+    progress    told (bytes read, bytes in all) while weights are read; a download has the bars of
+                huggingface_hub, and nothing else is shown
 
-    Only safetensors are read, and no code from the checkpoint is run.
+    What a folder is shows by its files and keys, whatever its name: transformers' LLaVA-1.5 and
+    1.6 and InternVL3, the original ones of these three, and both layouts of NVILA. No code from a
+    checkpoint is run. Nothing is read of weights that do not fit the configuration, or that have
+    no room on the device; `memory_estimate` tells how much they need.
     Raises CheckpointError and DeviceError.
     """
-    folder = find_checkpoint(checkpoint, revision=revision)
-    config = read_config(folder)
-    if is_nvila(folder, config):
-        model = NVILA.load_pretrained(folder, device=device, dtype=dtype)
+    folder = _checked(find_checkpoint(checkpoint, revision=revision))
+    if nvila_weights(folder) is None:
+        model = _load(_open(folder), find_device(device), dtype, progress)
     else:
-        model = _load_native(folder, config.get("model_type"), device, dtype)
+        model = NVILA.load_pretrained(folder, device=device, dtype=dtype, progress=progress)
     model.name = os.fspath(checkpoint)
     return model
+
+
+def memory_estimate(
+    checkpoint: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+) -> dict[str, int]:
+    """Bytes of {"language_model", "vision_tower", "projector"} in `dtype`, or as they are stored.
+
+    It reads no weights, but their files must be here or are downloaded. What an answer takes
+    besides (key/value cache, activations) is not in it. Raises CheckpointError.
+    """
+    folder = _checked(find_checkpoint(checkpoint, revision=revision))
+    return memory_by_part(nvila_weights(folder) or _open(folder).weights, dtype)
 
 
 def load_pretrained_model(
@@ -85,23 +117,85 @@ def load_pretrained_model(
     return model.tokenizer, model, model.image_processor, model.context_len
 
 
-def _load_native(folder: Path, model_type, device, dtype) -> VisionLanguageModel:
-    """A checkpoint in the layout of transformers' own class."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A checkpoint of LLaVA or InternVL of which no weight is read yet.
+
+    tower   the folder of its tower, if that is another checkpoint
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    layout: Layout
+    weights: Weights
+    tower: Path | None = None
+
+
+def _open(folder: Path) -> _Opened:
+    config, stored = read_config(folder), stored_weights(folder)
+    fits = (x for x in LAYOUTS.values() if any(re.search(x.marker, key) for key in stored))
+    layout = next(fits, LAYOUTS["transformers"])
+    with blaming(folder, "configuration"):
+        layout.check(config)
+    weights, tower = renamed(stored, layout.renames), None
+    if layout.tower:
+        lacking = not any(name.startswith("vision_tower.") for name in weights)
+        tower = _find_tower(folder, config.get(layout.tower), FILES if lacking else FILES[:1])
+        if lacking:
+            theirs = stored_weights(tower).items()
+            weights |= renamed({f"vision_tower.{key}": weight for key, weight in theirs})
+    return _Opened(folder, config, layout, weights, tower)
+
+
+def _find_tower(folder: Path, name: Any, files: Sequence[str]) -> Path:
+    """A folder inside the checkpoint's, or a hub id: nothing else that a configuration names."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
-            f"{folder}: config.json has model_type {model_type!r}, expected one of {list(FAMILIES)}"
+            f"{folder}: config.json has its vision tower at {name!r}, expected a folder inside "
+            "this one, or a hub id: put it there and name it so"
         )
-    family, net_class = FAMILIES[model_type]
-    device = find_device(device)
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    if not size:
-        raise CheckpointError(f"{folder}: holds no *.safetensors file")
-    dtype = dtype or default_dtype(size, device)
-    with blaming(folder, "configuration and tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with blaming(folder, "configuration and weights"):
-        net = load_net(net_class, folder, dtype, quiet=size < SMALL)
-    return family(net.to(device), tokenizer, ImageProcessor.from_folder(folder))
+    found = folder / name
+    if not found.is_dir():
+        found, folder = _download(name, None, files, f"put it into {found}"), None
+    return _checked(found, folder)
+
+
+def _checked(folder: Path, root: Path | None = None) -> Path:
+    """A folder with a config.json and no links that lead out."""
+    check_links(folder, root)
+    read_config(folder)
+    return folder
+
+
+def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
+    folder, layout, weights = opened.folder, opened.layout, opened.weights
+    with blaming(folder, "configuration"):
+        tower = read_config(opened.tower) if opened.tower else {}
+        for values in (opened.config, tower):
+            check_depth(values, weights)
+        config = layout.translate(without_code(opened.config), without_code(tower))
+        text, vision = config.text_config, config.vision_config
+        check_layers(config.vision_feature_layer, vision.num_hidden_layers)
+        config.tie_word_embeddings = text.tie_word_embeddings = is_tied(weights)
+        if vision.model_type == "siglip_vision_model":
+            vision.vision_use_head = False  # nobody reads it
+    config.dtype = text.dtype = vision.dtype = dtype = dtype or default_dtype(weights, device)
+    family, net_class = FAMILIES[config.model_type]
+    tokenizer = load_tokenizer(folder)
+    processor = ImageProcessor.from_folder(opened.tower or folder)
+    with blaming(folder, "preprocessing"):
+        processor.check_size(vision.image_size)
+    net = fill(folder, lambda: net_class(config), weights, device, dtype, progress)
+    finish(net, folder)
+    model = family(net, tokenizer, processor)
+    if layout.settle:
+        with blaming(folder, "configuration"):
+            layout.settle(model, opened.config)
+        folders = {"": (folder, opened.config)}
+        if opened.tower:
+            folders[opened.config[layout.tower]] = opened.tower, tower
+        model.origin = Origin(weights, folders, layout.settings)
+    return model
 
 
 def shipped_models() -> list[str]:
@@ -124,12 +218,22 @@ def find_checkpoint(checkpoint: str | os.PathLike, *, revision: str | None = Non
     )
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(
+    name: str,
+    revision: str | None,
+    files: Sequence[str] = FILES,
+    instead: str = "give its folder",
+) -> Path:
+    ask = partial(snapshot_download, name, local_files_only=is_offline_mode())
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        found = Path(ask(revision=revision, allow_patterns=files))
+        if files == FILES and not any(found.rglob("*.safetensors")):
+            ask(revision=found.name, allow_patterns=[*files, *PICKLES])
     except Exception as e:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else in_one_line(e)
         raise CheckpointError(
             f"{name!r} is neither a folder here nor in the hub's cache, and it could not be "
-            f"downloaded ({type(e).__name__}): check the name and the network, or download it "
-            "elsewhere and give its folder"
+            f"downloaded ({why}): check the name and the network, or download it "
+            f"elsewhere and {instead}"
         ) from e
+    return found

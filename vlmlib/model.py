@@ -5,16 +5,20 @@ A family (see `vlmlib.llava`) adds how it writes a prompt and what it does with 
 
 from __future__ import annotations
 
+import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
+from .checkpoint import Origin, save_net, write_json
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, ShapeError
 from .fusion import (
@@ -41,11 +45,14 @@ class VisionLanguageModel(ABC):
     image_processor  see `vlmlib.images.ImageProcessor`
     name             what `vlmlib.load` was asked for
     chat_template    a Jinja template in place of the tokenizer's own
+    origin           the layout of its checkpoint, if that is not transformers' own
     """
 
     family: str
+    image_processor_type: str
     name: str = ""
     chat_template: str | None = None
+    origin: Origin | None = None
 
     def __init__(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor):
         self.net = net
@@ -127,9 +134,35 @@ class VisionLanguageModel(ABC):
             f"context {self.context_len})"
         )
 
+    @property
+    def whole_net(self) -> nn.Module:
+        """All weights, by the names that checkpoints are translated to."""
+        return self.net
+
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
-        return self.net.parameters()
+        return self.whole_net.parameters()
+
+    def processor_config(self) -> dict[str, Any]:
+        """The preprocessor_config.json of this model."""
+        return self.image_processor.to_dict(self.image_processor_type)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that `vlmlib.load` reads, in the layout that the model was loaded from, or
+        transformers' own. Weights become safetensors, whatever they were.
+
+        In a layout that is not transformers' own, prompts stay as config.json has them, and a tower
+        that is a checkpoint of its own lies inside the folder, by the name it had. Raises
+        CheckpointError if the network has other weights than that layout knows.
+        """
+        folder, tokenizer = Path(folder), copy.copy(self.tokenizer)
+        if self.origin is None:
+            save_net(self.net, folder)
+            write_json(folder / "preprocessor_config.json", self.processor_config())
+            tokenizer.chat_template = self.chat_template or tokenizer.chat_template
+        else:
+            self.origin.save(folder, self)
+        tokenizer.save_pretrained(folder)
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""
@@ -197,17 +230,19 @@ class VisionLanguageModel(ABC):
         start_pos: int = 0,
         chunk_prefilling: bool = False,
         cache: KVCache | None = None,
+        answer: Sequence[int] = (),
         echo: bool = False,
         **options,
     ) -> Iterator[Chunk]:
         """Stream the answer to a whole prompt: what every family's generator comes down to.
 
         With `chunk_prefilling` only what the first `start_pos` positions of `cache` do not hold is
-        fed, without it everything. `options` are those of `answer_turn`.
+        fed, without it everything. The stream goes on behind `answer`, and tells what is new only.
+        `options` are those of `answer_turn`.
         """
         check_start(start_pos)
         keep = start_pos if chunk_prefilling else 0
-        turn = self.turn(prompt, media, start_pos=keep, cache=cache)
+        turn = self.turn(prompt, media, start_pos=keep, cache=cache, answer=answer)
         options["prefix"] = prompt if echo else ""
         options["stop_token_ids"] = [*self.stop_token_ids, *options.get("stop_token_ids", ())]
         return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
@@ -219,13 +254,16 @@ class VisionLanguageModel(ABC):
         *,
         start_pos: int = 0,
         cache: KVCache | None = None,
+        answer: Sequence[int] = (),
     ) -> Turn:
         """Tokenise the whole prompt; feed only what `cache` does not hold of its first `start_pos`.
 
-        `media` are Medium objects or pixel values, see `as_media`. Raises PlaceholderError when
-        placeholders and media differ in number, CacheError when `start_pos` is ahead of the cache.
+        `media` are Medium objects or pixel values, see `as_media`. `answer` are ids with which the
+        answer begins; they count as prompt. Raises PlaceholderError when placeholders and media
+        differ in number, CacheError when `start_pos` is ahead of the cache.
         """
         ids, media = self.read(prompt, media)
+        ids = [*ids, *answer]
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
         lengths = [m.length for m in media]
         # Only a cache that outlives this turn needs to tell one picture from another.

@@ -10,17 +10,19 @@ Sources: VILA:llava/model, llm-awq:tinychat/stream_generators/NVILA_stream_gen.p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
+from . import nvila_checkpoint
 from .cache import KVCache
 from .decoding import Chunk
 from .errors import ShapeError
@@ -62,6 +64,7 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     """
 
     family = "nvila"
+    image_processor_type = "SiglipImageProcessor"
 
     def __init__(self, config, tokenizer, image_processor, **parts):
         self.init_vlm(config, tokenizer, image_processor, **parts)
@@ -84,9 +87,15 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         _, found, after = text.rpartition(answer)
         return self.tokenizer(after, add_special_tokens=False).input_ids[:1] if found else []
 
-    def parameters(self) -> Iterator[Tensor]:
-        parts = (self.llm, self.vision_tower, self.mm_projector)
-        return chain.from_iterable(part.parameters() for part in parts)
+    @property
+    def whole_net(self) -> nn.ModuleDict:
+        return nvila_checkpoint.whole_net(self.llm, self.vision_tower.net, self.mm_projector)
+
+    def save_pretrained(self, output_dir: str | os.PathLike) -> None:
+        """In three folders, or in one if it came in one."""
+        is_split = self.origin is None
+        save = LlavaMetaModel.save_pretrained if is_split else VisionLanguageModel.save_pretrained
+        save(self, output_dir)
 
     def new_cache(self) -> KVCache:
         return KVCache(self.net.config)

@@ -1,11 +1,12 @@
-"""NVILA's checkpoints: one folder with a config.json, and one folder for each of its three parts.
+"""NVILA's checkpoints: in three folders, as it is saved here too, or in one.
 
     config.json      model_type llava_llama, and everything that `NVILAConfig` knows
     llm/             Qwen2 with its tokenizer, as transformers writes them
     vision_tower/    SigLIP, with preprocessor_config.json
     mm_projector/    `layers.N.weight`, see `vlmlib.projectors`
 
-Only safetensors are read, and nothing that a checkpoint names is imported.
+In one folder (the -hf ones) the keys begin with the names of these parts, and config.json has a
+text_config and a vision_config only. Nothing that a checkpoint names is imported.
 Source: VILA:llava/model/llava_arch.py.
 """
 
@@ -18,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
@@ -32,21 +30,40 @@ from transformers import (
 )
 
 from .checkpoint import (
-    SMALL,
+    Origin,
+    Progress,
+    Weights,
     blaming,
-    check_keys,
+    check_depth,
+    check_layers,
+    check_links,
     default_dtype,
+    fill,
     find_device,
-    load_net,
+    finish,
+    holds_weights,
+    is_tied,
+    load_tokenizer,
     read_config,
+    renamed,
+    save_net,
+    stored_weights,
+    without_code,
+    write_json,
 )
 from .errors import CheckpointError, ShapeError
 from .images import ImageProcessor
-from .nvila_encoders import SiglipTower
+from .nvila_encoders import SiglipTower, build_encoder
 from .projectors import Projector, build_projector
-from .tiling import s2_sides
+from .tiling import s2_sides, tile_grids
 
-PARTS = ("llm", "vision_tower", "mm_projector")
+PARTS = {
+    "llm": ("llm_cfg", "qwen2"),
+    "vision_tower": ("vision_tower_cfg", "siglip_vision_model"),
+    "mm_projector": ("mm_projector_cfg", "v2l_projector"),
+}
+"""Folder, or beginning of keys -> (its configuration in `NVILAConfig`, model_type)."""
+
 MODES = (None, "square", "resize", "pad", "dynamic", "dynamic_s2")
 VISION_PREFIX = "vision_model."
 BASIC = '{{"_target_": "llava.model.encoders.Basic{}Encoder"}}'
@@ -95,14 +112,23 @@ class NVILAConfig:
             raise CheckpointError(
                 f"chat_template is {self.chat_template!r}, expected 'qwen2' or nothing"
             )
+        self._check_numbers()
         self._check_scales()
+
+    def _check_numbers(self) -> None:
+        names = "min_tiles max_tiles num_video_frames mm_vision_select_layer"
+        for name in (*names.split(), "s2_resize_output_to_scale_idx"):
+            if type(value := getattr(self, name)) is not int:
+                raise CheckpointError(f"{name} is {value!r}, expected a whole number")
 
     def _check_scales(self) -> None:
         scales, at = self.scales, self.s2_resize_output_to_scale_idx
         try:
-            s2_sides(scales or [1])
+            least = s2_sides(scales)[-1] ** 2 if scales else self.min_tiles
+            tile_grids(least, self.max_tiles)
         except (ShapeError, ZeroDivisionError) as e:
-            raise CheckpointError(f"s2_scales {self.s2_scales!r}: {e}") from None
+            numbers = f"s2_scales {self.s2_scales!r}, {self.min_tiles} to {self.max_tiles} tiles"
+            raise CheckpointError(f"{numbers}: {e}") from None
         if self.dynamic_s2 and not -len(scales) <= at < len(scales):
             raise CheckpointError(f"s2_resize_output_to_scale_idx is {at}, scales are {scales}")
 
@@ -132,75 +158,107 @@ def parse_scales(scales: Any) -> list[int]:
         raise CheckpointError(f"s2_scales must be like '448,896,1344', got {scales!r}") from None
 
 
-class HeadlessSiglip(SiglipVisionModel):
-    """Without the pooling head, which NVILA does not use; checkpoints may hold one or not."""
+def nvila_weights(folder: Path) -> Weights | None:
+    """The weights of an NVILA in either layout; None for another model's. Raises CheckpointError.
 
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)head\.", r"position_ids$"]
-    _keys_to_ignore_on_load_missing = [r"post_layernorm\."]
-
-
-def is_nvila(folder: Path, config: Mapping[str, Any]) -> bool:
-    """By its layout: LLaVA's original checkpoints have the same model_type, but one folder."""
-    parts = [part for part in PARTS if (folder / part).is_dir()]
-    return config.get("model_type") == "llava_llama" and bool(parts)
+    LLaVA's original checkpoints have the same model_type, but other folders and keys.
+    """
+    if not holds_weights(folder) and any((folder / part).is_dir() for part in PARTS):
+        for part in PARTS:
+            if not (folder / part).is_dir():
+                raise CheckpointError(f"{folder}: holds no folder {part}")
+        parts = {part: stored_weights(folder / part) for part in PARTS}
+        stored = {f"{part}.{key}": w for part in PARTS for key, w in parts[part].items()}
+    else:
+        stored = stored_weights(folder)
+    return renamed(stored) if any(key.startswith("llm.") for key in stored) else None
 
 
 def load_parts(
-    folder: Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `LlavaMetaModel.init_vlm` takes, from a checkpoint's folder. Raises CheckpointError."""
-    for part in PARTS:
-        if not (folder / part).is_dir():
-            raise CheckpointError(f"{folder}: holds no folder {part}")
+    check_links(folder)
+    weights = nvila_weights(folder)
+    if weights is None:
+        raise CheckpointError(f"{folder}: its weights are not those of an NVILA")
+    split = not holds_weights(folder)
     with blaming(folder, "configuration"):
-        config = NVILAConfig.from_dict(read_config(folder))
+        config = (_of_three_folders if split else _of_one_folder)(folder, weights)
+        for values in (config.llm_cfg, config.vision_tower_cfg):
+            check_depth(values, weights)
+        for media in ("image", "video"):  # refused before a weight is read
+            build_encoder(media, getattr(config, f"{media}_encoder"))
+        llm = Qwen2Config.from_dict(config.llm_cfg)
+        llm.tie_word_embeddings = is_tied(weights)
+        tower = SiglipVisionConfig.from_dict(config.vision_tower_cfg | {"vision_use_head": False})
+        check_layers(config.mm_vision_select_layer, tower.num_hidden_layers)
+        kind, scales = config.mm_projector_cfg.get("mm_projector_type"), len(config.scales) or 1
     device = find_device(device)
-    size = sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))
-    dtype = dtype or default_dtype(size, device)
-    llm = load_llm(folder / "llm", dtype, quiet=size < SMALL)
-    tower = load_tower(folder / "vision_tower", llm.dtype, quiet=size < SMALL)
-    tower = wrap_tower(tower, config)
-    projector = load_projector(folder / "mm_projector", tower.hidden_size, llm.config.hidden_size)
+    llm.dtype = tower.dtype = dtype = dtype or default_dtype(weights, device)
+    tokenizer = load_tokenizer(folder / "llm" if split else folder)
+    processor = ImageProcessor.from_folder(folder / "vision_tower" if split else folder)
+
+    with blaming(folder, "preprocessing"):
+        processor.check_size(tower.image_size)
+
+    def make() -> nn.ModuleDict:
+        projector = build_projector(kind, tower.hidden_size * scales, llm.hidden_size)
+        return whole_net(Qwen2ForCausalLM(llm), SiglipVisionModel(tower), projector)
+
+    net = fill(folder, make, weights, device, dtype, progress)
+    finish(net["llm"], folder / "llm" if split else folder)
+    origin = Origin(weights, {"": (folder, read_config(folder))}, settings=lambda model: {})
     return {
+        "origin": None if split else origin,
         "config": config,
-        "llm": llm.to(device),
-        "vision_tower": tower.to(device),
-        "mm_projector": projector.to(device, llm.dtype),
-        "tokenizer": load_tokenizer(folder / "llm"),
-        "image_processor": ImageProcessor.from_folder(folder / "vision_tower"),
+        "llm": net["llm"],
+        "vision_tower": wrap_tower(net["vision_tower"], config),
+        "mm_projector": net["mm_projector"],
+        "tokenizer": tokenizer,
+        "image_processor": processor,
     }
 
 
-def load_llm(folder: Path, dtype: torch.dtype | str, *, quiet: bool) -> Qwen2ForCausalLM:
-    """Tied to the embeddings exactly where the checkpoint holds no lm_head."""
-    _expect(folder, read_config(folder), "qwen2")
-    with blaming(folder, "configuration and weights"):
-        config = Qwen2Config.from_pretrained(folder)
-        config.tie_word_embeddings = "lm_head.weight" not in weight_names(folder)
-        return load_net(Qwen2ForCausalLM, folder, dtype, quiet=quiet, config=config)
+def whole_net(llm: nn.Module, vision_tower: nn.Module, mm_projector: nn.Module) -> nn.ModuleDict:
+    """The parts by the names that checkpoints have for them."""
+    return nn.ModuleDict(dict(zip(PARTS, (llm, vision_tower, mm_projector), strict=True)))
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """tokenizer.json exactly as it is (AutoTokenizer would make any into one of Qwen2); or Qwen2's
-    vocab.json and merges.txt.
+def _of_three_folders(folder: Path, weights: Weights) -> NVILAConfig:
+    parts = {}
+    for part, (name, model_type) in PARTS.items():
+        parts[name] = without_code(read_config(folder / part))
+        if (found := parts[name].get("model_type")) != model_type:
+            raise CheckpointError(
+                f"{folder / part}: model_type is {found!r}, expected {model_type!r}"
+            )
+    return NVILAConfig.from_dict(read_config(folder) | parts)
+
+
+def _of_one_folder(folder: Path, weights: Weights) -> NVILAConfig:
+    """The published code has the projector and how pictures are cut as constants; here the
+    projector's weights tell them. Source: sglang:python/sglang/srt/models/nvila.py, nvila_lite.py.
     """
-    if (folder / "tokenizer.json").is_file():
-        loader = PreTrainedTokenizerFast
-    elif (folder / "vocab.json").is_file():
-        loader = AutoTokenizer
-    else:
-        raise CheckpointError(f"{folder}: holds neither tokenizer.json nor vocab.json")
-    with blaming(folder, "tokenizer"):
-        return loader.from_pretrained(folder, trust_remote_code=False)
-
-
-def load_tower(folder: Path, dtype: torch.dtype, *, quiet: bool) -> SiglipVisionModel:
-    _expect(folder, read_config(folder), "siglip_vision_model")
-    with blaming(folder, "configuration and weights"):
-        config = SiglipVisionConfig.from_pretrained(folder)
-        config.vision_use_head = False
-        weight_names(folder)
-        return load_net(HeadlessSiglip, folder, dtype, quiet=quiet, config=config)
+    config = without_code(read_config(folder))
+    llm, tower = config["text_config"], config["vision_config"]
+    lite = "mm_projector.layers.7.weight" in weights
+    kind, factor = ("mlp_downsample_3x3_fix", 3) if lite else ("mlp_downsample", 2)
+    width = weights["mm_projector.layers.1.weight"].shape[0] // factor**2
+    side, n = tower["image_size"], width // tower["hidden_size"]
+    return NVILAConfig(
+        image_aspect_ratio="dynamic_s2" if n > 1 else "dynamic",
+        dynamic_s2=n > 1,
+        s2_scales=",".join(str(side * i) for i in range(1, n + 1)) if n > 1 else None,
+        s2_resize_output_to_scale_idx=-1,
+        chat_template="qwen2",
+        llm_cfg=llm,
+        vision_tower_cfg=tower,
+        mm_projector_cfg={"mm_projector_type": kind},
+    )
 
 
 def wrap_tower(net: SiglipVisionModel, config: NVILAConfig) -> SiglipTower:
@@ -208,57 +266,11 @@ def wrap_tower(net: SiglipVisionModel, config: NVILAConfig) -> SiglipTower:
     return SiglipTower(net, config.mm_vision_select_layer, config.scales, at)
 
 
-def load_projector(folder: Path, c_in: int, d_out: int) -> Projector:
-    config = read_config(folder)
-    _expect(folder, config, "v2l_projector")
-    with blaming(folder, "weights"):
-        projector = build_projector(config.get("mm_projector_type"), c_in, d_out)
-        weights = {}
-        for path in weight_files(folder):
-            weights |= load_file(path)
-        fill(projector, weights, folder)
-    return projector
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Load exactly these weights. Raises CheckpointError that names what is left or lacking."""
-    own = module.state_dict()
-    common = own.keys() & weights.keys()
-    report = {
-        "missing_keys": own.keys() - common,
-        "unexpected_keys": weights.keys() - common,
-        "mismatched_keys": {k for k in common if own[k].shape != weights[k].shape},
-    }
-    check_keys(folder, report)
-    module.load_state_dict(weights)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: holds no *.safetensors file")
-    return files
-
-
-def weight_names(folder: Path) -> set[str]:
-    names = set()
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as f:
-            names |= set(f.keys())
-    return names
-
-
-def _expect(folder: Path, config: Mapping[str, Any], model_type: str) -> None:
-    found = config.get("model_type")
-    if found != model_type:
-        raise CheckpointError(f"{folder}: model_type is {found!r}, expected {model_type!r}")
-
-
 # ---- saving ----
 
 
 def save_llm(folder: Path, llm: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    llm.save_pretrained(folder)
+    save_net(llm, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -267,18 +279,18 @@ def save_tower(folder: Path, tower: SiglipTower, processor: ImageProcessor) -> N
     folder.mkdir(parents=True, exist_ok=True)
     state = tower.net.state_dict().items()
     _save(folder, {VISION_PREFIX + k.removeprefix(VISION_PREFIX): v for k, v in state})
-    _write(folder / "config.json", tower_config(tower))
-    _write(folder / "preprocessor_config.json", processor_config(processor))
+    write_json(folder / "config.json", tower_config(tower))
+    write_json(folder / "preprocessor_config.json", processor.to_dict("SiglipImageProcessor"))
 
 
 def save_projector(folder: Path, projector: Projector) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder, projector.state_dict())
-    _write(folder / "config.json", projector_config(projector))
+    write_json(folder / "config.json", projector_config(projector))
 
 
 def save_config(folder: Path, config: NVILAConfig) -> None:
-    _write(folder / "config.json", config.to_dict())
+    write_json(folder / "config.json", config.to_dict())
 
 
 def llm_config(llm: Qwen2ForCausalLM) -> dict[str, Any]:
@@ -299,25 +311,6 @@ def projector_config(projector: Projector) -> dict[str, Any]:
     }
 
 
-def processor_config(processor: ImageProcessor) -> dict[str, Any]:
-    """As SiglipImageProcessor writes it."""
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": processor.crop_height, "width": processor.crop_width},
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
-        "resample": int(processor.resample),
-        "rescale_factor": processor.rescale_factor,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-    }
-
-
 def _save(folder: Path, weights: Mapping[str, Tensor]) -> None:
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def _write(path: Path, config: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(config, indent=2) + "\n")

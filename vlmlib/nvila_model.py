@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from . import nvila_checkpoint
+from .checkpoint import Progress
 from .chessboard import merge_chessboard, merge_features_for_dynamic_s2, split_chessboard
 from .images import ImageProcessor
-from .nvila_checkpoint import HeadlessSiglip, NVILAConfig, parse_scales
+from .nvila_checkpoint import NVILAConfig, parse_scales
 from .nvila_encoders import SiglipTower, build_encoder
 from .projectors import Projector, build_projector
 from .tiling import Size
@@ -71,7 +72,7 @@ class LlavaMetaModel:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.llm = (llm or Qwen2ForCausalLM(Qwen2Config(**config.llm_cfg))).eval()
-        tower = vision_tower or HeadlessSiglip(_headless(config.vision_tower_cfg))
+        tower = vision_tower or SiglipVisionModel(_headless(config.vision_tower_cfg))
         if not isinstance(tower, SiglipTower):
             tower = nvila_checkpoint.wrap_tower(tower, config)
         self.vision_tower = tower.eval()
@@ -104,10 +105,13 @@ class LlavaMetaModel:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
     ):
-        """A model from its folder; defaults as of `vlmlib.load`. Raises CheckpointError."""
+        """A model from its folder, parameters as of `vlmlib.load`. Raises CheckpointError."""
+        parts = nvila_checkpoint.load_parts(Path(folder), device, dtype, progress)
         model = cls.__new__(cls)
-        model.init_vlm(**nvila_checkpoint.load_parts(Path(folder), device, dtype))
+        model.origin = parts.pop("origin")
+        model.init_vlm(**parts)
         return model
 
     def save_pretrained(self, output_dir: str | os.PathLike) -> None:

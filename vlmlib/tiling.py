@@ -27,6 +27,9 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 S2_SCALES = (448, 896, 1344)
 """The scales of NVILA."""
 
+MOST_TILES = 256
+"""Of one picture; what asks for more is a mistake, and would fill the memory."""
+
 ROUNDING = {"original": int, "hf": lambda x: int(round(x, 7))}
 """How many rows or columns of a padded grid are picture, from a fraction; by checkpoint flavour."""
 
@@ -70,8 +73,10 @@ def tile_grids(min_num: int, max_num: int) -> list[Size]:
 
     Of two grids with as many tiles the one with fewer columns comes first.
     """
-    if not 1 <= min_num <= max_num:
-        raise ShapeError(f"expected 1 <= min_num <= max_num, got {min_num} and {max_num}")
+    if not 1 <= min_num <= max_num <= MOST_TILES:
+        raise ShapeError(
+            f"expected 1 <= min_num <= max_num <= {MOST_TILES}, got {min_num} and {max_num}"
+        )
     counts = range(1, max_num + 1)
     grids = [(c, r) for c in counts for r in counts if min_num <= c * r <= max_num]
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
@@ -251,7 +256,13 @@ def get_anyres_image_grid_shape(
     width, height = select_best_resolution(image_size, grid_pinpoints)
     if width % tile or height % tile:
         raise ShapeError(f"resolution {width}x{height} does not divide into tiles of {tile}")
-    return width // tile, height // tile
+    cols, rows = width // tile, height // tile
+    if min(cols, rows) < 1 or cols * rows > MOST_TILES:
+        raise ShapeError(
+            f"resolution {width}x{height} is a grid of {cols} x {rows} tiles of {tile}, expected 1 "
+            f"to {MOST_TILES} tiles"
+        )
+    return cols, rows
 
 
 def anyres_tiles(

@@ -1,5 +1,6 @@
 """Panels for JupyterLab: drive a stream or a chat with buttons and sliders, and stop it any time;
-or try sizes of pictures and ways of sampling, and see at once what they change.
+try sizes of pictures and ways of sampling, and see at once what they change; or look at each token
+of an answer, and send the answer another way.
 
 A stream runs in one thread of its own, because a callback that loops would keep the kernel from
 hearing the Stop button. The thread looks at an event between tokens, writes text at most fifteen
@@ -11,7 +12,9 @@ from __future__ import annotations
 import contextvars
 import html
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log2, prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,13 +26,28 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .budget import image_tokens
+from .cache import KVCache
 from .chat import Chat, Message
-from .decoding import Chunk
+from .course import visible
+from .decoding import Chunk, TokenTrace
 from .errors import ImageError, ShapeError
-from .figures import Shown, context_bars, distribution, latency, reuse, show, tiling
+from .figures import (
+    Shown,
+    axes,
+    context_bars,
+    distribution,
+    heat,
+    latency,
+    reuse,
+    show,
+    sureness,
+    tiling,
+)
 from .images import ImageSource, load_image
 from .internvl import NUM_IMAGE_TOKEN
 from .loading import load
+from .media import Medium
+from .microscope import attention, heat_map, picture_weights
 from .model import VisionLanguageModel
 from .nvila_checkpoint import NVILAConfig
 from .sampling import GenParams, Sampler, check_finite
@@ -40,6 +58,7 @@ TEXT_EVERY = 1 / 15
 PLOT_EVERY = 1 / 2
 UPLOADED = "your own picture"
 LABELS = {"description_width": "initial"}
+Pictures = Mapping[str, Path | Image.Image] | Sequence[Path]
 
 
 def _status_html(message: str, *, error: bool = False) -> str:
@@ -57,6 +76,23 @@ def _sampling(options: Mapping[str, Any]) -> tuple[w.Widget, w.Widget, w.Widget,
     )
 
 
+def _loaded_pictures(pictures: Pictures) -> dict[str, Image.Image]:
+    if not isinstance(pictures, Mapping):
+        pictures = {Path(p).stem: p for p in pictures}
+    return {name: load_image(p) for name, p in pictures.items()}
+
+
+def _asking(
+    pictures: Mapping[str, Image.Image], questions: Sequence[str], options: Mapping[str, Any]
+) -> tuple[w.Dropdown, w.Dropdown, w.Text]:
+    """Fields for a picture, an example of a question, and the question, which takes the example."""
+    question = w.Text(questions[0], description="question", **options)
+    examples = w.Dropdown(options=list(questions), description="examples", **options)
+    examples.observe(lambda change: setattr(question, "value", change["new"]), "value")
+    picture = w.Dropdown(options=list(pictures), description="picture", **options)
+    return picture, examples, question
+
+
 class StreamPanel(w.VBox):
     """Ask a model about a picture: picture, question and sampling on top, the answer below.
 
@@ -72,7 +108,7 @@ class StreamPanel(w.VBox):
     def __init__(
         self,
         models: VisionLanguageModel | Sequence[VisionLanguageModel | str],
-        pictures: Mapping[str, Path | Image.Image] | Sequence[Path],
+        pictures: Pictures,
         questions: Sequence[str],
         *,
         pace: int = 15,
@@ -80,9 +116,7 @@ class StreamPanel(w.VBox):
     ):
         models = [models] if isinstance(models, (str, VisionLanguageModel)) else models
         self._models = {m if isinstance(m, str) else m.name or m.family: m for m in models}
-        if not isinstance(pictures, Mapping):
-            pictures = {Path(p).stem: p for p in pictures}
-        self._pictures = {name: load_image(p) for name, p in pictures.items()}
+        self._pictures = _loaded_pictures(pictures)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._build_controls(questions, pace, max_tokens)
@@ -96,11 +130,8 @@ class StreamPanel(w.VBox):
         wide = w.Layout(width="25rem")
         choice = {"style": LABELS, "layout": wide}
         self.model = w.Dropdown(options=list(self._models), description="model", **choice)
-        self.picture = w.Dropdown(options=list(self._pictures), description="picture", **choice)
+        self.picture, self.examples, self.question = _asking(self._pictures, questions, choice)
         self.upload = w.FileUpload(accept="image/*", description="your own picture", layout=wide)
-        self.examples = w.Dropdown(options=list(questions), description="examples", **choice)
-        self.question = w.Text(questions[0], description="question", **choice)
-        self.examples.observe(self._example_chosen, "value")
         slider = {**choice, "continuous_update": False}
         sliders = self.temp, self.top_p, self.top_k, self.repeat_penalty = _sampling(slider)
         self.max_tokens = w.IntSlider(
@@ -133,9 +164,6 @@ class StreamPanel(w.VBox):
         self.text = w.HTML(layout=w.Layout(min_height="4.5em"))
         self.plot = w.HTML(self._plot_html(0.0, []))
         self._say("")
-
-    def _example_chosen(self, change) -> None:
-        self.question.value = change["new"]
 
     def _picture_changed(self, _=None) -> None:
         image = self._pictures[self.picture.value]
@@ -410,6 +438,180 @@ class SamplingPanel(w.VBox):
         self.status.value = f'<span role="status">{possible}</span>'
         picture = show(distribution(labels, *columns), caption=possible, alt=words, width=640)
         self.plot.value = picture.img
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the answers in a MicroscopePanel have in common."""
+
+    image: Image.Image
+    prompt: str
+    media: list[Medium]
+    cache: KVCache
+
+
+class MicroscopePanel(w.VBox):
+    """Ask about a picture, look at any token of the answer, and send the answer another way.
+
+    Every token is a button, pale where the model was sure. The chosen one shows where the model
+    looked, and what it considered: buttons too, that take its place and let the model go on.
+
+    pictures    names with files or Pillow pictures; a list of files is named after them
+    questions   offered in the question field; any other can be typed
+    best        how many tokens are offered at each position
+    max_tokens  the most that the model writes in one go
+
+    `tokens` are the answer's TokenTraces, `chosen` is the position that is looked at, `answers` the
+    probability of every answer so far.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        pictures: Pictures,
+        questions: Sequence[str],
+        *,
+        best: int = 5,
+        max_tokens: int = 64,
+    ):
+        self._model, self._best, self._max_tokens = model, best, max_tokens
+        self._pictures = _loaded_pictures(pictures)
+        self._asked: _Asked | None = None
+        self.tokens: list[TokenTrace] = []
+        self.chosen = 0
+        self.answers: dict[str, float] = {}
+        self._build_controls(questions)
+        self._ask()
+        wrap = w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 1rem")
+        asked = w.VBox([self.picture, self.examples, self.question, self.ask])
+        considered = w.VBox([self.layer, w.HTML("considered here:"), *self.alternatives])
+        below = w.HBox([self.figure, considered], layout=wrap)
+        super().__init__([asked, self.strip, self.status, below, self.said])
+
+    def _build_controls(self, questions: Sequence[str]) -> None:
+        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        narrow = {"style": LABELS, "layout": w.Layout(width="14rem")}
+        self.picture, self.examples, self.question = _asking(self._pictures, questions, wide)
+        self.ask = w.Button(description="Ask", button_style="primary", icon="question")
+        self.ask.on_click(self._guarded(self._ask))
+        n = self._model.text_config.num_hidden_layers
+        layers = [(f"layer {i + 1} of {n}", i) for i in range(n)]
+        self.layer = w.Dropdown(options=layers, value=n - 1, description="attention of", **narrow)
+        self.layer.observe(self._guarded(self._show), "value")
+        self.alternatives = [w.Button(layout=narrow["layout"]) for _ in range(self._best)]
+        for k, button in enumerate(self.alternatives):
+            button.on_click(self._guarded(self._branch, k))
+        self._buttons: list[w.Button] = []  # never replaced: who is on one with Tab stays there
+        self.strip = w.HBox(layout=w.Layout(flex_flow="row wrap"))
+        self.status, self.figure, self.said = w.HTML(), w.HTML(), w.HTML()
+
+    def _guarded(self, act: Callable, *arguments) -> Callable:
+        """For callbacks, whose exceptions reach nobody: shown here."""
+
+        def run(_) -> None:
+            try:
+                act(*arguments)
+            except Exception as e:
+                self.status.value = _status_html(f"{type(e).__name__}: {e}", error=True)
+
+        return run
+
+    # ---- answers ----
+
+    def _ask(self) -> None:
+        model, image = self._model, self._pictures[self.picture.value]
+        prompt = model.chat_prompt([image, self.question.value])
+        self._go_on(_Asked(image, prompt, model.prepare([image]), model.new_cache()), [], 0)
+
+    def _branch(self, k: int) -> None:
+        """Put the k-th alternative in the place of the chosen token, and let the model go on."""
+        token = self.tokens[self.chosen]
+        id, text, p = token.alternatives[k]
+        other = replace(token, id=id, text=text, probability=p, drawn_from=p)
+        self._go_on(self._asked, [*self.tokens[: self.chosen], other], self.chosen)
+
+    def _go_on(self, asked: _Asked, begun: list[TokenTrace], chosen: int) -> None:
+        """If it fails, everything stays as it was."""
+        new: list[TokenTrace] = []
+        if not begun or begun[-1].id not in self._model.stop_token_ids:
+            chunks = self._model.stream_prompt(
+                asked.prompt,
+                asked.media,
+                GenParams.greedy(n_predict=self._max_tokens),
+                answer=[token.id for token in begun],
+                cache=asked.cache,
+                start_pos=len(asked.cache),
+                chunk_prefilling=True,
+                trace=self._best,
+            )
+            new = [token for chunk in chunks for token in chunk["tokens"]]
+        if asked is not self._asked:
+            self._asked, self.answers = asked, {}
+        self.tokens = begun + new
+        text = self._model.tokenizer.decode([t.id for t in self.tokens], skip_special_tokens=True)
+        self.answers[text.strip()] = prod(token.probability for token in self.tokens)
+        rows = "".join(
+            f"<tr><td>{html.escape(text)}</td><td>{p:.1%}</td></tr>"
+            for text, p in self.answers.items()
+        )
+        head = '<tr style="text-align:left"><th>answers so far</th><th>probability</th></tr>'
+        self.said.value = f'<table aria-label="answers">{head}{rows}</table>'
+        self._choose(chosen)
+
+    # ---- one token ----
+
+    def _choose(self, i: int) -> None:
+        self.chosen = i
+        before = [token.id for token in self.tokens[:i]]
+        model, prompt, media = self._model, self._asked.prompt, self._asked.media
+        weights = attention(model, prompt, media, before).mean(dim=1)
+        self._weights = torch.cat(picture_weights(model, prompt, media, weights), dim=-1)
+        _, placed = model.read(prompt, media)
+        self._boxes = torch.cat([model.boxes(m) for m in placed])  # (n, 4) for (layers, n) weights
+        self._show()
+
+    def _show(self) -> None:
+        token = self.tokens[self.chosen]
+        self._show_strip()
+        for k, button in enumerate(self.alternatives):
+            button.layout.display = "" if k < len(token.alternatives) else "none"
+            if k < len(token.alternatives):
+                id, text, p = token.alternatives[k]
+                button.description, button.disabled = f"{visible(text)}  {p:.1%}", id == token.id
+                button.style.button_color, button.style.text_color = sureness(p), "black"
+        weights = self._weights[self.layer.value]
+        small = self._asked.image.copy()
+        small.thumbnail((320, 320))
+        figure, ax = axes(3.2, 3.2 * small.height / small.width)
+        heat(ax, small, heat_map(weights, self._boxes, *small.size))
+        known = ~self._boxes.isnan().any(dim=-1)
+        left, top, right, bottom = self._boxes[known][weights[known].argmax()].tolist()
+        alt = (
+            f"the picture, orange where layer {self.layer.value + 1} looked for this token: mostly "
+            f"at {(left + right) / 2:.0%} from the left and {(top + bottom) / 2:.0%} from the top"
+        )
+        self.figure.value = show(figure, caption=alt, alt=alt).img
+        self.status.value = _status_html(
+            f"token {self.chosen + 1} of {len(self.tokens)}, {visible(token.text)}: probability "
+            f"{token.probability:.1%}, surprise {-log2(max(token.probability, 1e-38)):.2f} bits, "
+            f"entropy {token.entropy:.2f} bits; {weights.sum():.0%} of the layer's attention is on "
+            "the picture"
+        )
+
+    def _show_strip(self) -> None:
+        while len(self._buttons) < len(self.tokens):
+            button = w.Button(layout=w.Layout(width="auto", margin="1px"))
+            button.on_click(self._guarded(self._choose, len(self._buttons)))
+            self._buttons.append(button)
+        for i, (button, token) in enumerate(zip(self._buttons, self.tokens, strict=False)):
+            button.description = visible(token.text)
+            button.tooltip = f"token {i + 1}: {token.probability:.1%}"
+            button.style.button_color = sureness(token.probability)
+            button.style.text_color, button.style.font_family = "black", "monospace"
+            button.style.text_decoration = "underline" if token.probability < 0.9 else None
+            ink = "var(--jp-ui-font-color1, black)" if i == self.chosen else "transparent"
+            button.layout.border = f"2px solid {ink}"
+        self.strip.children = self._buttons[: len(self.tokens)]
 
 
 class SizePanel(w.VBox):
