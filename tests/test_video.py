@@ -68,7 +68,7 @@ def test_a_bound_beyond_the_video_names_both_numbers():
         get_index((50.0, 60.0), 10.0, 99)
     with pytest.raises(VideoError, match="first 30, last 20 of 99"):
         get_index((3.0, 2.0), 10.0, 99)
-    with pytest.raises(VideoError, match="at least 1, got 0"):
+    with pytest.raises(VideoError, match="from 1 to 65536, got 0"):
         get_index(None, 10.0, 99, num_segments=0)
 
 

@@ -303,14 +303,31 @@ def _listed(keys: Collection[str]) -> str:
 # ---- memory ----
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises CheckpointError for what no network runs in."""
+    if dtype is not None and dtype not in FLOATS.values():
+        raise CheckpointError(f"dtype must be one of {list(FLOATS.values())}, got {dtype!r}")
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """Raises DeviceError for what is no device's name."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as e:
+        reason = str(e).partition("\n")[0]
+        raise DeviceError(f"device {str(name)!r} cannot be used here: {reason}") from None
+
+
 def find_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, or the GPU if there is one, else the CPU. Raises DeviceError."""
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "meta":
+        raise DeviceError("device 'meta' cannot be used here: it holds no numbers")
     try:
-        torch.empty(0, device=(found := torch.device(wanted)))
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).partition("\n")[0]
-        raise DeviceError(f"device {str(wanted)!r} cannot be used here: {reason}") from None
+        raise DeviceError(f"device {str(found)!r} cannot be used here: {reason}") from None
     return found
 
 

@@ -19,6 +19,7 @@ from .checkpoint import (
     Weights,
     blaming,
     check_depth,
+    check_dtype,
     check_layers,
     check_links,
     default_dtype,
@@ -74,6 +75,7 @@ def load(
     no room on the device; `memory_estimate` tells how much they need.
     Raises CheckpointError and DeviceError.
     """
+    check_dtype(dtype)
     folder = _checked(find_checkpoint(checkpoint, revision=revision))
     if nvila_weights(folder) is None:
         model = _load(_open(folder), find_device(device), dtype, progress)
@@ -94,6 +96,7 @@ def memory_estimate(
     It reads no weights, but their files must be here or are downloaded. What an answer takes
     besides (key/value cache, activations) is not in it. Raises CheckpointError.
     """
+    check_dtype(dtype)
     folder = _checked(find_checkpoint(checkpoint, revision=revision))
     return memory_by_part(nvila_weights(folder) or _open(folder).weights, dtype)
 
@@ -205,12 +208,14 @@ def shipped_models() -> list[str]:
 
 def find_checkpoint(checkpoint: str | os.PathLike, *, revision: str | None = None) -> Path:
     """The folder of a shipped model, of a folder's name, or of a hub id (downloaded if need be)."""
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise CheckpointError(f"expected the name of a checkpoint, got {checkpoint!r}")
     name = os.fspath(checkpoint)
     if name in shipped_models():
         return DATA / "checkpoints" / name
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if HUB_ID.fullmatch(name) and not Path(name).exists():
+    if HUB_ID.fullmatch(name) and not os.path.exists(name):
         return _download(name, revision)
     raise CheckpointError(
         f"{name!r} is not a folder here, not a hub id (owner/name), and not a model that ships "
