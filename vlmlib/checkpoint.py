@@ -406,6 +406,12 @@ def check_depth(config: Mapping[str, Any], weights: Weights) -> None:
             raise CheckpointError(f"{value} layers, but there are only {len(weights)} weights")
 
 
+def check_context(n: int) -> None:
+    """Raise CheckpointError for what is no number of positions."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise CheckpointError(f"max_position_embeddings is {n!r}, expected a whole number >= 1")
+
+
 def check_layers(layers: int | Sequence[int], depth: int) -> None:
     """Raise CheckpointError if a vision tower of this depth has not these hidden states."""
     for layer in [layers] if isinstance(layers, int) else layers:
