@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import textwrap
@@ -161,7 +162,7 @@ def stored_weights(folder: Path) -> Weights:
     """All tensors of a folder by key; only headers are read. Raises CheckpointError."""
     stored = {}
     for path in _weight_files(folder):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError(f"{folder}: the weights cannot be read: {path.name} is missing")
         with blaming(path, "weights"):
             found = (_read_header if path.suffix == ".safetensors" else _read_pickle)(path)
@@ -555,6 +556,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder}: holds none of {', '.join(TOKENIZERS)}")
     with blaming(folder, "tokenizer"):
         tokenizer = loader.from_pretrained(folder)
+        tokenizer("a")  # its settings fail not before, as a model_max_length that is no number
         if not tokenizer.chat_template and (folder / "chat_template.json").is_file():
             tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
     return tokenizer
@@ -569,7 +571,9 @@ def blaming(place: Path, what: str) -> Iterator[None]:
         if str(place) in str(e):
             raise
         raise CheckpointError(f"{place}: {e}") from None
-    except Exception as e:
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # of Rust code
+            raise
         raise CheckpointError(f"{place}: {what} cannot be read ({in_one_line(e)})") from e
 
 
