@@ -945,6 +945,7 @@ def runs(name: str, expected, *changes) -> Row:
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 OUTSIDE = ("../x.safetensors", "/etc/passwd", "a/../../b", "..", "", 3, None, "c:\\x")
+LONG = "x" * 300
 HEAD, NORM = "language_model.lm_head.weight", "language_model.model.norm.weight"
 
 
@@ -1023,6 +1024,26 @@ CHECKPOINTS = [
     loads(
         put("tokenizer.json", "{}"), name="tokenizer.json empty", words="tokenizer cannot be read"
     ),
+    *(
+        loads(
+            edit("tokenizer_config.json", model_max_length=n),
+            name=f"model_max_length {n!r}",
+            words="tokenizer cannot be read",
+        )
+        for n in ("x", [1], {"a": 1})
+    ),
+    loads(
+        edit("tokenizer.json", post_processor__special_tokens={}),
+        name="special tokens that the tokenizer does not know",
+        words="tokenizer cannot be read .PanicException",
+    ),
+    good(
+        "an empty special token",
+        "a <\u200bimage>",
+        lambda p: vlmlib.escape_special_tokens(
+            "a <image>", SimpleNamespace(all_special_tokens=[""], get_added_vocab=lambda: {"": 1})
+        ),
+    ),
     # configurations
     *(
         loads(edit(CONFIG, **changes), name=f"config.json with {changes}", words=words)
@@ -1063,6 +1084,14 @@ CHECKPOINTS = [
         edit("preprocessor_config.json", size={"shortest_edge": 10**6}),
         name="pictures of a million pixels a side",
         words=r"sizes \(1000000, 28, 28\), expected 1 to 2048",
+    ),
+    *(
+        loads(
+            edit("preprocessor_config.json", **{name: value}),
+            name=f"preprocessing with {name} {brief(value)}",
+            words="not a CLIP preprocessor configuration",
+        )
+        for name, value in (("crop_size", INF), ("image_mean", [HUGE, 1, 1]), ("size", NAN))
     ),
     loads(
         edit("preprocessor_config.json", crop_size=14),
@@ -1155,6 +1184,12 @@ CHECKPOINTS = [
         shards=True,
         name="an index nested deeply",
         words="not readable as JSON",
+    ),
+    loads(
+        edit(INDEX, weight_map={"a": LONG}),
+        shards=True,
+        name="an index with a name that is too long",
+        words="the weights cannot be read: x+ is missing",
     ),
     loads(
         edit(INDEX, weight_map={"a": "tokenizer.json"}),

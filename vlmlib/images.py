@@ -162,7 +162,7 @@ class ImageProcessor:
             )
             made._check()
             return made
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
             raise CheckpointError(
                 f"{path}: not a CLIP preprocessor configuration ({e!r})"
             ) from None

@@ -63,7 +63,7 @@ def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     `<image>`, `</s>`, `<|im_end|>` ... get a zero-width space after their first character: they
     read the same and tokenise as plain text.
     """
-    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
     for token in sorted({IMAGE_TOKEN, VIDEO_TOKEN} | special, key=len, reverse=True):
         text = text.replace(token, token[0] + "\u200b" + token[1:])
     return text
