@@ -2,9 +2,9 @@
 
 Files that are right are changed in random places: bytes of pictures and clips, values and bytes of
 a checkpoint's JSON files, and the headers of its weights. Whatever they are then, they must load
-and answer, or raise an error of vlmlib's, in HANG seconds and without growing: anything else is
-a finding, and is kept under runs/fuzz to be tried again (`--again PLACE ...`). Exits with 1 if there
-are findings.
+and answer, or raise an error of vlmlib's, in HANG seconds and without growing. Anything else is a
+finding, and is kept under runs/fuzz to be tried again (`--again PLACE ...`); with findings the exit
+status is 1.
 
 A crash of a library's C code ends the process; the case that did it is the one in runs/fuzz/now.
 """
