@@ -91,7 +91,7 @@ RECIPES = {
     "tiny-llava": Recipe(),
     "tiny-internvl": Recipe(
         "tiny-internvl",
-        steps=6_500,
+        steps=8_000,
         look_steps=2_000,
         batch_size=24,
         flat_until=0.6,
