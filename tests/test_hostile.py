@@ -1,5 +1,5 @@
 """What is not what it says it is: each row of the table provokes something, and says which error
-comes with which words, or what the right answer is.
+comes with which words, or what the right answer is. No row starts a process or opens a connection.
 
 Rows need only a model and a folder. What needs more than that (several streams, a patched library,
 every layout of checkpoints) is tested beside the code that it is about.
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
+import sys
 import tempfile
 import wave
 import zlib
@@ -66,6 +68,15 @@ TEXT = "USER: What is this? ASSISTANT:"
 ONE = "USER: <image>\nWhat is this? ASSISTANT:"
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 Row = tuple[str, Callable[["Place"], Any], Any, str | None]
+
+BEGINNINGS = {
+    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen"),
+    *("socket.connect", "socket.getaddrinfo"),
+}
+BEGUN: list[str] = []
+"""Which of these events there were; Python tells of them before anything happens."""
+
+sys.addaudithook(lambda event, _: BEGUN.append(event) if event in BEGINNINGS else None)
 
 
 class Place:
@@ -484,7 +495,9 @@ def typed(family: str, text: str) -> Callable[[Place], Any]:
 
     def act(place: Place):
         model = place.model(family)
-        special = {*model.tokenizer.all_special_ids, vlmlib.IMAGE_TOKEN_INDEX}
+        known = model.tokenizer
+        added = known.get_added_vocab().values()
+        special = {*known.all_special_ids, *added, vlmlib.IMAGE_TOKEN_INDEX}
         prompts = [model.chat_prompt([noise(30, 30), t]) for t in (text, "x")]
         assert text in prompts[0].replace("\u200b", "")
         many, few = (sum(i in special for i in model.prompt_ids(prompt)) for prompt in prompts)
@@ -533,6 +546,12 @@ PROMPTS = [
         good(f"{text!r} typed for {family}", 0, typed(family, text))
         for family in ("llava", "llava_next", "internvl", "nvila")
         for text in SNEAKY
+    ),
+    bad(
+        "an empty prompt",
+        PromptError,
+        "the prompt is empty",
+        lambda p: p.model("nvila").stream_prompt("", None, GenParams()),
     ),
     good("nothing said", "length", lambda p: asked(p, [])["finish_reason"]),
     good("an empty text", "length", lambda p: asked(p, "")["finish_reason"]),
@@ -934,14 +953,35 @@ def loads(*changes, shards: bool = False, words: str, name: str, error=Checkpoin
     return bad(name, error, words, act)
 
 
-def runs(name: str, expected, *changes) -> Row:
-    """A row for one that loads all the same, and answers."""
+class Trap:
+    """Runs a command when it is unpickled."""
 
-    def act(place: Place):
-        model = vlmlib.load(place.checkpoint(*changes), device="cpu")
-        return vlmlib.answer(model, [noise(30, 30), "what is this?"], n_predict=4)
+    def __reduce__(self):
+        return os.system, ("true",)
 
-    return good(name, expected, act)
+
+EVIL = "import os; os.system('true')"
+
+
+def pickled(content) -> bytes:
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def with_code(place: Place):
+    """Whether it answers as it does without the code that its configurations name."""
+    names = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    changes = [edit(f, auto_map=names) for f in (CONFIG, "tokenizer_config.json")]
+    model = vlmlib.load(place.checkpoint(*changes, put("evil.py", EVIL)), device="cpu")
+    ask = partial(vlmlib.answer, parts=[noise(30, 30), "what is this?"], n_predict=4)
+    return ask(model) == ask(place.model(seed=4))
+
+
+def with_command(place: Place):
+    place.model("nvila").save_pretrained(place.folder)
+    command = {"_target_": "os.system", "command": "true"}
+    edit(CONFIG, image_encoder=json.dumps(command))(place.folder)
+    return vlmlib.load(place.folder, device="cpu")
 
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -982,6 +1022,15 @@ CHECKPOINTS = [
         "config.json' is not a folder here",
         lambda p: vlmlib.load(p.checkpoint() / CONFIG),
     ),
+    # traps
+    loads(
+        drop("model.safetensors"),
+        put("pytorch_model.bin", pickled({"a": torch.zeros(1), "b": Trap()})),
+        name="a pickle that runs a command",
+        words="pytorch_model.bin: .*refused, because a pickle can run code",
+    ),
+    bad("a _target_ that is a command", CheckpointError, "_target_ 'os.system'", with_command),
+    good("an auto_map that names code", True, with_code),
     # files that are not there
     loads(drop(CONFIG), name="no configuration", words="broken: holds no config.json"),
     loads(
@@ -1169,7 +1218,7 @@ CHECKPOINTS = [
     ),
     *(
         loads(
-            drop("model.safetensors"),
+            lambda folder: (folder / "model.safetensors").rename(folder.parent / "x.safetensors"),
             put(index, json.dumps(content)),
             name=f"{index} with {content}",
             words=f"{index}: names .*which is not a file of its folder",
@@ -1215,17 +1264,16 @@ def on_device(device) -> Callable[[Place], Any]:
 
 DEVICES = [
     *(
-        bad(f"load on {x!r}", DeviceError, f"device '{x}' cannot be used here", on_device(x))
-        for x in ("cuda:99", "mps", "vulkan", "nonsense", "cpu:x", "meta", 3, NAN)
+        bad(f"load on {x!r}", DeviceError, rf"device '(\w+:)?{x}' cannot be used", on_device(x))
+        for x in ("cuda:99", "vulkan", "nonsense", "cpu:x", "meta", 99, NAN)
     ),
     *(
-        bad(
-            f"{x!r} for a stream",
-            DeviceError,
-            "device is .*, but the model is on cpu|cannot be used here",
-            lambda p, x=x: prompted(p, TEXT, device=x),
-        )
-        for x in ("cuda:0", "meta", torch.device("cuda", 1), "nonsense", "", 3, NAN)
+        bad(f"{x!r} for a stream", DeviceError, words, lambda p, x=x: prompted(p, TEXT, device=x))
+        for words, devices in {
+            "but the model is on cpu": ("cuda:0", "meta", torch.device("cuda", 1)),
+            "cannot be used here": ("nonsense", "", NAN),
+        }.items()
+        for x in devices
     ),
     *(
         bad(
@@ -1257,11 +1305,14 @@ TABLE = {
 def test_hostile(name, tmp_path):
     act, expected, words = TABLE[name]
     place = Place(tmp_path)
+    BEGUN.clear()
     if words is None:
         assert act(place) == expected
+        assert not BEGUN
         return
     with pytest.raises(expected) as caught:
         act(place)
+    assert not BEGUN
     assert isinstance(caught.value, VlmError)
     message = str(caught.value)
     assert re.search(words, message)
@@ -1271,3 +1322,10 @@ def test_hostile(name, tmp_path):
 def test_the_table_is_large_and_no_row_is_lost():
     rows = (PICTURES, VIDEOS, PROMPTS, PARAMETERS, CACHES, CHECKPOINTS, DEVICES)
     assert len(TABLE) == sum(map(len, rows)) > 100
+
+
+def test_the_traps_work():
+    BEGUN.clear()
+    torch.load(io.BytesIO(pickled(Trap())), weights_only=False)
+    exec(EVIL)
+    assert BEGUN == ["os.system"] * 2

@@ -35,7 +35,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import noise, tiny_llava  # noqa: E402
+from helpers import noise, tiny_llava, tiny_llava_next  # noqa: E402
+from nvila_helpers import nvila  # noqa: E402
+from test_internvl import tiny_internvl  # noqa: E402
 
 import vlmlib  # noqa: E402
 
@@ -178,14 +180,16 @@ def of_bytes(seeds: list[tuple[str, bytes]], use: Callable[[bytes], None]):
 
 
 def of_checkpoint(folder: Path):
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     changeable = [name for name in files if name.endswith((".json", ".safetensors"))]
 
     def case(rng: random.Random) -> tuple[Path, Callable[[], None]]:
-        (place := RUNS / "now" / "checkpoint").mkdir()
+        place = RUNS / "now" / "checkpoint"
         changed = rng.choices(changeable, k=rng.choice((1, 1, 2)))
         for name, data in files.items():
-            (place / name).write_bytes(broken_file(name, data, rng) if name in changed else data)
+            (path := place / name).parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(broken_file(name, data, rng) if name in changed else data)
         return place, lambda: load_and_answer(place)
 
     return case
@@ -193,17 +197,19 @@ def of_checkpoint(folder: Path):
 
 def cases(folder: Path) -> dict[str, Callable]:
     """Kind -> random numbers -> (what lies in runs/fuzz/now, what is done with it)."""
-    for shards in (False, True):
-        MODEL.save_pretrained(place := folder / f"shards-{shards}")
-        if shards:
-            (place / "model.safetensors").unlink()
-            MODEL.net.save_pretrained(place, max_shard_size="100KB")
-    return {
-        "picture": of_bytes(list(pictures()), see),
-        "clip": of_bytes(list(clips()), watch),
-        "checkpoint": of_checkpoint(folder / "shards-False"),
-        "checkpoint in shards": of_checkpoint(folder / "shards-True"),
+    models = {
+        "llava": MODEL,
+        "shards": MODEL,
+        "llava_next": tiny_llava_next(),
+        "internvl": tiny_internvl(),
+        "nvila": nvila("dynamic_s2"),
     }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    (folder / "shards" / "model.safetensors").unlink()
+    MODEL.net.save_pretrained(folder / "shards", max_shard_size="100KB")
+    files = {"picture": of_bytes(list(pictures()), see), "clip": of_bytes(list(clips()), watch)}
+    return files | {name: of_checkpoint(folder / name) for name in models}
 
 
 # ---- the watch ----

@@ -6,10 +6,9 @@ kept, the rest is fed again. Nothing is assumed about where the ids came from.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Sequence
 
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 
 from .errors import CacheError
 
@@ -18,22 +17,18 @@ class KVCache:
     """transformers' DynamicCache plus `content`, one entry a position.
 
     An entry is a token id, or for a picture's position a pair (digest of the picture, index).
-    It is of use to one network only, and to one stream at a time: `writer` is the last one's.
+    It is of use to the network of this very `config` only, and to one stream at a time: `writer`
+    stands for the last one.
     """
 
-    def __init__(self, net: PreTrainedModel):
-        self.past = DynamicCache(config=net.config.get_text_config(decoder=True))
+    def __init__(self, config: PreTrainedConfig):
+        self.past = DynamicCache(config=config.get_text_config(decoder=True))
         self.content: list[Hashable] = []
+        self.config = config
         self.writer: object = None
-        self._net = weakref.ref(net)
 
     def __len__(self) -> int:
         return len(self.content)
-
-    def check_net(self, net: PreTrainedModel) -> None:
-        """Raise CacheError for another network than the one it was made for."""
-        if self._net() is not net:
-            raise CacheError("the cache is another model's: it was made by new_cache of that one")
 
     def common_prefix(self, content: Sequence[Hashable]) -> int:
         """How many positions from the start are the same here and in `content`."""

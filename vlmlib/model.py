@@ -171,7 +171,7 @@ class VisionLanguageModel(ABC):
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""
-        return KVCache(self.net)
+        return KVCache(self.net.config)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) or (b, n) ids -> (..., d)."""
@@ -381,10 +381,10 @@ class VisionLanguageModel(ABC):
     def _reusable(self, content, start_pos: int, cache: KVCache | None) -> tuple[KVCache, int]:
         """The cache to write into, and how many of its positions the new prompt can keep."""
         check_start(start_pos)
-        if isinstance(cache, KVCache):
-            cache.check_net(self.net)
-        elif cache is not None:
+        if cache is not None and not isinstance(cache, KVCache):
             raise CacheError(f"cache must be one of new_cache, got {type(cache).__name__}")
+        if cache is not None and cache.config is not self.net.config:
+            raise CacheError("the cache is another model's: it was made by new_cache of that one")
         if start_pos > (0 if cache is None else len(cache)):
             held = "no cache was given" if cache is None else f"the cache holds {len(cache)}"
             raise CacheError(
