@@ -6,6 +6,7 @@ kept, the rest is fed again. Nothing is assumed about where the ids came from.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Sequence
 
 from transformers import DynamicCache, PreTrainedConfig
@@ -24,7 +25,7 @@ class KVCache:
     def __init__(self, config: PreTrainedConfig):
         self.past = DynamicCache(config=config.get_text_config(decoder=True))
         self.content: list[Hashable] = []
-        self.config = config
+        self.config = weakref.ref(config)  # which a copy of the cache shares
         self.writer: object = None
 
     def __len__(self) -> int:

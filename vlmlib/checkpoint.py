@@ -399,19 +399,21 @@ def told(size: float) -> str:
 # ---- a network ----
 
 
+COUNTS = ("max_position_embeddings", "num_attention_heads", "num_key_value_heads")
+"""Weights may fit negative ones."""
+
+
 def check_depth(config: Mapping[str, Any], weights: Weights) -> None:
-    """Raise CheckpointError for more layers than there are weights: to make them takes for ever."""
+    """Raise CheckpointError for numbers with which no network can run, and for more layers than
+    there are weights: to make them takes for ever.
+    """
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_depth(value, weights)
+        elif name in COUNTS and value is not None and not (type(value) is int and value >= 1):
+            raise CheckpointError(f"{name} is {value!r}, expected a whole number >= 1")
         elif name == "num_hidden_layers" and isinstance(value, int) and value > len(weights):
             raise CheckpointError(f"{value} layers, but there are only {len(weights)} weights")
-
-
-def check_context(n: int) -> None:
-    """Raise CheckpointError for what is no number of positions."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise CheckpointError(f"max_position_embeddings is {n!r}, expected a whole number >= 1")
 
 
 def check_layers(layers: int | Sequence[int], depth: int) -> None:
@@ -419,6 +421,12 @@ def check_layers(layers: int | Sequence[int], depth: int) -> None:
     for layer in [layers] if isinstance(layers, int) else layers:
         if not -depth - 1 <= layer <= depth:
             raise CheckpointError(f"asks for layer {layer} of a vision tower of {depth} layers")
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise CheckpointError for what cannot be the part of a tile's side that is left of it."""
+    if not 0.01 <= ratio <= 1:
+        raise CheckpointError(f"downsample_ratio is {ratio!r}, expected a number from 0.01 to 1")
 
 
 def fill(

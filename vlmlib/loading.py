@@ -18,11 +18,11 @@ from .checkpoint import (
     Progress,
     Weights,
     blaming,
-    check_context,
     check_depth,
     check_dtype,
     check_layers,
     check_links,
+    check_ratio,
     default_dtype,
     fill,
     find_device,
@@ -179,8 +179,8 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
             check_depth(values, weights)
         config = layout.translate(without_code(opened.config), without_code(tower))
         text, vision = config.text_config, config.vision_config
-        check_context(text.max_position_embeddings)
         check_layers(config.vision_feature_layer, vision.num_hidden_layers)
+        check_ratio(getattr(config, "downsample_ratio", 1))
         config.tie_word_embeddings = text.tie_word_embeddings = is_tied(weights)
         if vision.model_type == "siglip_vision_model":
             vision.vision_use_head = False  # nobody reads it

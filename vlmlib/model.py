@@ -383,7 +383,7 @@ class VisionLanguageModel(ABC):
         check_start(start_pos)
         if cache is not None and not isinstance(cache, KVCache):
             raise CacheError(f"cache must be one of new_cache, got {type(cache).__name__}")
-        if cache is not None and cache.config is not self.net.config:
+        if cache is not None and cache.config() is not self.net.config:
             raise CacheError("the cache is another model's: it was made by new_cache of that one")
         if start_pos > (0 if cache is None else len(cache)):
             held = "no cache was given" if cache is None else f"the cache holds {len(cache)}"

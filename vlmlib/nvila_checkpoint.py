@@ -34,7 +34,6 @@ from .checkpoint import (
     Progress,
     Weights,
     blaming,
-    check_context,
     check_depth,
     check_layers,
     check_links,
@@ -196,7 +195,6 @@ def load_parts(
         llm = Qwen2Config.from_dict(config.llm_cfg)
         llm.tie_word_embeddings = is_tied(weights)
         tower = SiglipVisionConfig.from_dict(config.vision_tower_cfg | {"vision_use_head": False})
-        check_context(llm.max_position_embeddings)
         check_layers(config.mm_vision_select_layer, tower.num_hidden_layers)
         kind, scales = config.mm_projector_cfg.get("mm_projector_type"), len(config.scales) or 1
     device = find_device(device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -97,8 +98,15 @@ def load_video(
         raise VideoError(
             f"expected a file name or the bytes of a file, got {type(source).__name__}"
         )
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
-    reader = _open(source, name)
+    if isinstance(source, bytes):  # as a file: decord's own way to read memory reads beyond its end
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            (path := Path(folder) / "clip").write_bytes(source)
+            return _read(path, f"{len(source)} bytes", frames)
+    return _read(source, os.fspath(source), frames)
+
+
+def _read(path: str | os.PathLike, name: str, frames) -> list[Image.Image]:
+    reader = _open(path, name)
     n = len(reader)
     chosen = frames(n, reader.get_avg_fps()) if callable(frames) else frames
     if not isinstance(chosen, (Sequence, np.ndarray)):
@@ -130,15 +138,14 @@ def _check_room(name: str, n: int, shape: Sequence[int]) -> None:
         )
 
 
-def _open(source: VideoSource, name: str):
+def _open(path: str | os.PathLike, name: str):
     """A decord.VideoReader with at least one frame."""
-    if not isinstance(source, bytes) and not os.path.isfile(source):
-        found = "a folder" if os.path.isdir(source) else "no such file"
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no such file"
         raise VideoError(f"{name}: {found}, expected a video file")
     VideoReader = _decord().VideoReader
     try:
-        data = io.BytesIO(source) if isinstance(source, bytes) else name
-        reader = VideoReader(data, num_threads=1)
+        reader = VideoReader(os.fspath(path), num_threads=1)
         if not len(reader):
             raise ValueError("it has 0 frames")
     except Exception as e:  # decord raises RuntimeError, AssertionError, DECORDError, ...
