@@ -999,10 +999,10 @@ def with_code(place: Place):
     return ask(model) == ask(place.model(seed=4))
 
 
-def with_ratio(ratio: float) -> Callable[[Place], Any]:
+def internvl(**changes) -> Callable[[Place], Any]:
     def act(place: Place):
         place.model("internvl").save_pretrained(place.folder)
-        edit(CONFIG, downsample_ratio=ratio)(place.folder)
+        edit(CONFIG, **changes)(place.folder)
         return vlmlib.load(place.folder, device="cpu")
 
     return act
@@ -1166,8 +1166,19 @@ CHECKPOINTS = [
         )
     ),
     *(
-        bad(f"downsample_ratio {x}", CheckpointError, "downsample_ratio is", with_ratio(x))
+        bad(
+            f"downsample_ratio {x}",
+            CheckpointError,
+            f"downsample_ratio is {re.escape(str(x))}, expected",
+            internvl(downsample_ratio=x),
+        )
         for x in (-0.5, 0.0, NAN, INF, 1e308, 2.0)
+    ),
+    bad(
+        "several layers of InternVL's tower",
+        CheckpointError,
+        r"vision_feature_layer is \[-1\], expected one layer",
+        internvl(vision_feature_layer=[-1]),
     ),
     loads(
         edit("preprocessor_config.json", size={"shortest_edge": 10**6}),

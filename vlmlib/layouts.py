@@ -103,6 +103,8 @@ def _native(config: Config, tower: Config) -> PretrainedConfig:
     aspect = getattr(made, "image_aspect_ratio", None)
     if model_type == "llava" and aspect not in (None, "square", "pad"):
         raise CheckpointError(f"image_aspect_ratio is {aspect!r}, expected 'square' or 'pad'")
+    if model_type == "internvl" and not isinstance(layer := made.vision_feature_layer, int):
+        raise CheckpointError(f"vision_feature_layer is {layer!r}, expected one layer")
     if model_type == "llava_next":
         _check_resolutions(made)
     return made
