@@ -410,7 +410,8 @@ def test_sequences_in_several_batches_count_as_in_one(name, monkeypatch):
 def test_sixty_steps_lower_the_loss():
     seen = []
     trainer = Trainer(Recipe(steps=60, look_steps=0, batch_size=8, asked=3, warm_up=10))
-    run(trainer, seen.append, workers=0)
+    run(trainer, seen.append, workers=0, every_steps=25)
+    assert [entry["step"] for entry in seen] == [1, 10, 25, 50, 60]
     losses = [entry["loss"] for entry in seen]
     assert losses[0] > 5 and losses[-1] < losses[0] / 2
 

@@ -315,10 +315,11 @@ def run(
     probe_minutes: float = 10.0,
     minutes: float | None = None,
     workers: int = 1,
+    every_steps: int = 50,
 ) -> None:
     """Train to the last step of the recipe, or until `minutes` are over.
 
-    `report` gets one dictionary about every fifty steps and one for every probe of the validation
+    `report` gets one dictionary every `every_steps` steps and one for every probe of the validation
     scenes; `checkpoint` is called every few minutes and at the end. Of several processes only the
     first one does any of this.
     """
@@ -329,7 +330,7 @@ def run(
         losses = trainer.train_step(work)
         now = time.monotonic()
         (over,) = total(bool(minutes) and now - began > 60 * minutes)
-        if over or trainer.step % 50 == 0 or trainer.step in (1, 10, trainer.recipe.steps):
+        if over or trainer.step % every_steps == 0 or trainer.step in (1, 10, trainer.recipe.steps):
             report({"step": trainer.step, "seconds": round(now - began, 1), **losses})
         if checkpoint and now - saved > 60 * every_minutes:
             checkpoint()
