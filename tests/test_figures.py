@@ -11,7 +11,17 @@ from PIL import Image
 
 from vlmlib.course import visible
 from vlmlib.decoding import TokenTrace
-from vlmlib.figures import axes, choices, context_bars, heat, show, sureness, tiling
+from vlmlib.figures import (
+    axes,
+    choices,
+    context_bars,
+    distribution,
+    heat,
+    png_of,
+    show,
+    sureness,
+    tiling,
+)
 
 WORDS = {"caption": "A caption.", "alt": "what is there"}
 
@@ -86,6 +96,12 @@ def test_a_long_strip_is_broken_and_nothing_overlaps(width):
     assert len(boxes) == 40 and len({y for _, y, _ in boxes}) > 2
     for (x, y, wide), (next_x, next_y, _) in zip(boxes, boxes[1:], strict=False):
         assert (next_y == y and next_x >= x + wide) or (next_y > y + 30 and next_x == 0)
+
+
+def test_dollars_are_no_formula():
+    text = r"$\x$"
+    assert png_of(choices([trace(text, 0.5, (text, 0.4))]))
+    assert png_of(distribution([text], [1.0], [1.0]))
 
 
 def test_sure_is_pale():

@@ -637,7 +637,7 @@ def test_frames_given_as_pictures(model):
 
 @pytest.mark.parametrize("bad", [0, -1])
 def test_a_clip_of_no_frames(model, bad):
-    with pytest.raises(VideoError, match=f"at least 1, got {bad}"):
+    with pytest.raises(VideoError, match=f"from 1 to 65536, got {bad}"):
         vlmlib.stream(model, [Video(CLIP, bad), "Hi"])
     with pytest.raises(VideoError, match="no such file"):
         vlmlib.stream(model, [Video("missing.mp4"), "Hi"])

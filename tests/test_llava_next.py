@@ -103,7 +103,7 @@ def test_logits_and_greedy_ids_are_those_of_transformers(model, processor, sizes
 
 
 def test_pixel_values_alone_do_not_tell_the_size(model):
-    with pytest.raises(TypeError, match="picture's size"):
+    with pytest.raises(vlmlib.ShapeError, match="picture's size"):
         model.turn("<image>", torch.zeros(1, 3, 28, 28))
 
 

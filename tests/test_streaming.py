@@ -372,12 +372,6 @@ def test_times_exclude_the_consumer(monkeypatch):
     assert max(timing["generation_time_list"]) < 10
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, "2", None])
-def test_bad_stream_interval(bad):
-    with pytest.raises(ValueError, match="stream_interval must be a whole number >= 1"):
-        decode(script([]), golden_tokenizer(), GREEDY, stop_ids=[], stream_interval=bad)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("temp", [0.0, 1.0])
@@ -642,22 +636,6 @@ def test_reused_pictures_are_not_encoded_again(llava, monkeypatch):
     list(ask(llava, transcript, start=len(cache), cache=cache, chunk_prefilling=True))
 
 
-@pytest.mark.parametrize("bad", [-1, True, False, 1.0, "1", None])
-def test_start_pos_must_be_a_whole_number(llava, bad):
-    with pytest.raises(CacheError, match="start_pos must be a whole number"):
-        ask(llava, start=bad, cache=llava.new_cache(), chunk_prefilling=True)
-
-
-def test_start_pos_ahead_of_the_cache(llava):
-    cache, transcript = second_turn(llava)
-    with pytest.raises(CacheError, match=f"start_pos is {len(cache) + 1}, .* holds {len(cache)}"):
-        ask(llava, transcript, start=len(cache) + 1, cache=cache, chunk_prefilling=True)
-    with pytest.raises(CacheError, match="start_pos is 4, but no cache was given"):
-        ask(llava, start=4, chunk_prefilling=True)
-    with pytest.raises(CacheError, match=f"start_pos {len(cache) + 1} is outside"):
-        cache.keep(len(cache) + 1)
-
-
 @pytest.mark.parametrize("chunk_prefilling", [False, True])
 def test_a_bare_transformers_model_starts_at_0(llava, chunk_prefilling):
     with pytest.raises(CacheError, match="start_pos is 3: a transformers model starts at 0"):
@@ -780,16 +758,6 @@ def test_stream_drops_the_space_in_front(llava):
         if last["text"][:1].isspace() and last["text"].strip():
             break
     assert vlmlib.answer(llava, "Hello", params) == last["text"].lstrip() != last["text"]
-
-
-@pytest.mark.parametrize(
-    "parts", [["<image> </s><s>"], ["<ima", "ge>", "</", "s>"], ["a <image>", "b <ima", "ge>"]]
-)
-def test_user_text_cannot_smuggle_anything_in(llava, parts):
-    ids = llava.prompt_ids(llava.chat_prompt(parts))
-    assert IMAGE_TOKEN_INDEX not in ids
-    assert not set(ids[1:]) & set(llava.tokenizer.all_special_ids)
-    assert list(vlmlib.stream(llava, parts, n_predict=1))[-1]["finish_reason"]
 
 
 def test_stream_goes_on_with_a_cache(llava):

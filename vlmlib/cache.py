@@ -7,6 +7,7 @@ is assumed about where the ids came from.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
@@ -76,6 +77,8 @@ class KVCache:
     """transformers' cache plus `content`, one entry a position.
 
     An entry is a token id, or for a picture's position a pair (digest of the picture, index).
+    It is of use to the network of this very `config` only, and to one stream at a time: `writer`
+    stands for the last one.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -84,6 +87,8 @@ class KVCache:
             self.past.layers = [GrowingLayer() for _ in self.past.layers]
         self._content: list[Hashable] = []
         self._unread: list[Tensor] = []
+        self.config = weakref.ref(config)  # which a copy of the cache shares
+        self.writer: object = None
 
     def __len__(self) -> int:
         return len(self._content) + len(self._unread)

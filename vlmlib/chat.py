@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .decoding import Chunk
-from .model import Part, VisionLanguageModel
+from .model import Part, VisionLanguageModel, as_parts
 from .sampling import GenParams
 
 Message = tuple[str, tuple[Part, ...]]
@@ -51,8 +51,7 @@ class Chat:
         the answer as far as it came.
         """
         params = GenParams.greedy_unless(gen_params, **changes)
-        parts = (parts,) if isinstance(parts, str) else tuple(parts)
-        messages = [*self.messages, ("user", parts)]
+        messages = [*self.messages, ("user", as_parts(parts))]
         pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
         chunks = self.model.stream_prompt(
             self.model.conversation_prompt(messages),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import textwrap
@@ -170,7 +171,7 @@ def stored_weights(folder: Path) -> Weights:
     """All tensors of a folder by key; only headers are read. Raises CheckpointError."""
     stored = {}
     for path in _weight_files(folder):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError(f"{folder}: the weights cannot be read: {path.name} is missing")
         with blaming(path, "weights"):
             found = (_read_header if path.suffix == ".safetensors" else _read_pickle)(path)
@@ -314,14 +315,32 @@ def _listed(keys: Collection[str]) -> str:
 # ---- memory ----
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises CheckpointError for what no network runs in."""
+    known = torch.float64, torch.float32, torch.float16, torch.bfloat16
+    if dtype is not None and dtype not in known:
+        raise CheckpointError(f"dtype must be one of {known}, got {dtype!r}")
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """Raises DeviceError for what is no device's name."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as e:
+        reason = str(e).partition("\n")[0]
+        raise DeviceError(f"device {str(name)!r} cannot be used here: {reason}") from None
+
+
 def find_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, or the GPU if there is one, else the CPU. Raises DeviceError."""
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "meta":
+        raise DeviceError("device 'meta' cannot be used here: it holds no numbers")
     try:
-        torch.empty(0, device=(found := torch.device(wanted)))
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).partition("\n")[0]
-        raise DeviceError(f"device {str(wanted)!r} cannot be used here: {reason}") from None
+        raise DeviceError(f"device {str(found)!r} cannot be used here: {reason}") from None
     return found
 
 
@@ -396,11 +415,19 @@ def told(size: float) -> str:
 # ---- a network ----
 
 
+COUNTS = ("max_position_embeddings", "num_attention_heads", "num_key_value_heads")
+"""Weights may fit negative ones."""
+
+
 def check_depth(config: Mapping[str, Any], weights: Weights) -> None:
-    """Raise CheckpointError for more layers than there are weights: to make them takes for ever."""
+    """Raise CheckpointError for numbers with which no network can run, and for more layers than
+    there are weights: to make them takes for ever.
+    """
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_depth(value, weights)
+        elif name in COUNTS and value is not None and not (type(value) is int and value >= 1):
+            raise CheckpointError(f"{name} is {value!r}, expected a whole number >= 1")
         elif name == "num_hidden_layers" and isinstance(value, int) and value > len(weights):
             raise CheckpointError(f"{value} layers, but there are only {len(weights)} weights")
 
@@ -410,6 +437,12 @@ def check_layers(layers: int | Sequence[int], depth: int) -> None:
     for layer in [layers] if isinstance(layers, int) else layers:
         if not -depth - 1 <= layer <= depth:
             raise CheckpointError(f"asks for layer {layer} of a vision tower of {depth} layers")
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise CheckpointError for what cannot be the part of a tile's side that is left of it."""
+    if not 0.01 <= ratio <= 1:
+        raise CheckpointError(f"downsample_ratio is {ratio!r}, expected a number from 0.01 to 1")
 
 
 def fill(
@@ -549,6 +582,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder}: holds none of {', '.join(TOKENIZERS)}")
     with blaming(folder, "tokenizer"):
         tokenizer = loader.from_pretrained(folder)
+        tokenizer("a")  # its settings fail not before, as a model_max_length that is no number
         if not tokenizer.chat_template and (folder / "chat_template.json").is_file():
             tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
     return tokenizer
@@ -563,7 +597,9 @@ def blaming(place: Path, what: str) -> Iterator[None]:
         if str(place) in str(e):
             raise
         raise CheckpointError(f"{place}: {e}") from None
-    except Exception as e:
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # of Rust code
+            raise
         raise CheckpointError(f"{place}: {what} cannot be read ({in_one_line(e)})") from e
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ContextLengthError, PromptError
-from .sampling import GenParams, Sampler, check_finite
+from .sampling import GenParams, Sampler, check_finite, check_whole
 from .tokenization import TextStream
 
 Chunk = dict[str, Any]
@@ -93,11 +93,12 @@ def decode(
     tokens         with `trace=k` only: a list of TokenTraces with k alternatives, one for every
                    token since the last chunk
 
-    Raises ValueError, PromptError and ContextLengthError at the call, NonFiniteLogitsError on the
-    way.
+    Raises GenParamsError, PromptError and ContextLengthError at the call, NonFiniteLogitsError on
+    the way.
     """
-    if not isinstance(stream_interval, int) or stream_interval < 1:
-        raise ValueError(f"stream_interval must be a whole number >= 1, got {stream_interval!r}")
+    check_whole("stream_interval", stream_interval, at_least=1)
+    if trace is not None:
+        check_whole("trace", trace, at_least=0)
     if not turn.prompt_tokens:
         raise PromptError("the prompt is empty: there is nothing to answer")
     if turn.prompt_tokens >= turn.context_len:

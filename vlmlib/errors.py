@@ -22,7 +22,7 @@ class ShapeError(VlmError, ValueError):
 
 
 class PromptError(VlmError, ValueError):
-    """There is nothing in the prompt to answer."""
+    """The prompt is empty, or not what a tokenizer can read or the model knows."""
 
 
 class PlaceholderError(VlmError, ValueError):
@@ -38,7 +38,7 @@ class GenParamsError(VlmError, ValueError):
 
 
 class CacheError(VlmError, ValueError):
-    """`start_pos` and the key/value cache contradict each other."""
+    """The key/value cache is shorter than `start_pos`, or another model's or stream's."""
 
 
 class CheckpointError(VlmError, OSError):

@@ -191,7 +191,7 @@ def distribution(
     for row, *ends, p in zip(rows, own, shares, drawn, strict=True):
         words = f"{p:.1%}" if p else "never"
         ax.text(max(p, *ends) + 0.015, row, words, va="center", color="#404040")
-    ax.set_yticks(rows, texts, family="monospace")
+    ax.set_yticks(rows, texts, family="monospace", parse_math=False)
     ax.invert_yaxis()
     ax.legend(handles=bars, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
@@ -228,7 +228,7 @@ def choices(tokens: Sequence[TokenTrace], *, least: float = 0.01, width: float =
     ax.axis("off")
     for x, y, size, name, own, below, p in cells:
         ax.add_patch(Rectangle((x, y), size, 1.5 * line, color=sureness(p), lw=0))
-        style = {"family": "monospace", "ha": "center", "va": "center"}
+        style = {"family": "monospace", "ha": "center", "va": "center", "parse_math": False}
         ax.text(x + size / 2, y + 0.78 * line, name, fontsize=9, color="black", **style)
         for k, text in enumerate([*own, *below]):
             colour, weight = ("black", "bold") if k < len(own) else ("#505050", "normal")

@@ -17,7 +17,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .checkpoint import read_json
+from .checkpoint import in_one_line, read_json
 from .errors import CheckpointError, ImageError
 
 ImageSource = Image.Image | str | os.PathLike | bytes
@@ -48,8 +48,8 @@ def load_image(source: ImageSource) -> Image.Image:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise ImageError(f"{name}: too many pixels to be opened safely ({e})") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
-        raise ImageError(f"{name}: not a picture that can be read ({e})") from None
+    except Exception as e:  # Pillow's readers raise whatever a broken file makes them raise
+        raise ImageError(f"{name}: not a picture that can be read ({in_one_line(e)})") from None
 
 
 def _existing_file(source: str | os.PathLike) -> Path:
@@ -62,6 +62,8 @@ def _existing_file(source: str | os.PathLike) -> Path:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.format == "EPS":  # Pillow would hand it to Ghostscript
+        raise ImageError(f"{name}: an EPS picture is a program, and is not run")
     if 0 in image.size:
         raise ImageError(f"{name}: has no pixels (size {image.width}x{image.height})")
     image = ImageOps.exif_transpose(image)
@@ -76,9 +78,18 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+LARGEST_SQUARE = 8192
+"""Pixels along a side; as a square, a thin picture that is longer would not fit into memory."""
+
+
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre the picture on a square of its longer side. Source: LLaVA:llava/mm_utils.py."""
+    """Centre the picture on a square of its longer side, scaled down to LARGEST_SQUARE if that is
+    more. Source: LLaVA:llava/mm_utils.py.
+    """
     side = max(image.size)
+    if side > LARGEST_SQUARE:
+        scale, side = LARGEST_SQUARE / side, LARGEST_SQUARE
+        image = image.resize([max(1, round(scale * s)) for s in image.size])
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
@@ -151,7 +162,7 @@ class ImageProcessor:
             )
             made._check()
             return made
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
             raise CheckpointError(
                 f"{path}: not a CLIP preprocessor configuration ({e!r})"
             ) from None

@@ -100,6 +100,11 @@ def _native(config: Config, tower: Config) -> PretrainedConfig:
                 f"{part} has model_type {kind!r}, expected one of {list(expected)}"
             )
     made = FAMILIES[model_type][1].config_class.from_dict(config)
+    aspect = getattr(made, "image_aspect_ratio", None)
+    if model_type == "llava" and aspect not in (None, "square", "pad"):
+        raise CheckpointError(f"image_aspect_ratio is {aspect!r}, expected 'square' or 'pad'")
+    if model_type == "internvl" and not isinstance(layer := made.vision_feature_layer, int):
+        raise CheckpointError(f"vision_feature_layer is {layer!r}, expected one layer")
     if model_type == "llava_next":
         _check_resolutions(made)
     return made

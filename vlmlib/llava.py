@@ -46,6 +46,7 @@ from .tokenization import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
     check_placeholders,
+    check_text,
     tokenizer_image_token,
 )
 
@@ -175,7 +176,7 @@ class LlavaNext(Llava):
         return Medium(pixels, anyres_tokens(*size, *grid, rounding=self.rounding), size=tuple(size))
 
     def medium(self, pixels: Tensor) -> Medium:
-        raise TypeError("LLaVA-1.6 needs the picture's size too: use prepare([picture]) or sized")
+        raise ShapeError("LLaVA-1.6 needs the picture's size too: use prepare([picture]) or sized")
 
     def boxes(self, medium: Medium) -> Tensor:
         vision = self.config.vision_config
@@ -265,6 +266,7 @@ def transformers_turn(
     """A turn of any LlavaForConditionalGeneration through its public `forward`: pictures with the
     prompt, then one id at a time through `past_key_values`.
     """
+    check_text(prompt)
     media = Llava(net, tokenizer, None).as_media(image_tensor)
     ids = prompt_ids(prompt, tokenizer)
     check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))

@@ -20,8 +20,10 @@ from .checkpoint import (
     Weights,
     blaming,
     check_depth,
+    check_dtype,
     check_layers,
     check_links,
+    check_ratio,
     default_dtype,
     fill,
     find_device,
@@ -85,6 +87,7 @@ def load(
     need.
     Raises CheckpointError, DeviceError and QuantizationError.
     """
+    check_dtype(dtype)
     if quant not in (None, "int4"):
         raise QuantizationError(f"quant must be None or 'int4', got {quant!r}")
     dtype = dtype or (torch.bfloat16 if quant else None)
@@ -115,6 +118,7 @@ def memory_estimate(
     It reads no weights, but their files must be here or are downloaded. What an answer takes
     besides (key/value cache, activations) is not in it. Raises CheckpointError.
     """
+    check_dtype(dtype)
     folder = _checked(find_checkpoint(checkpoint, revision=revision))
     return memory_by_part(nvila_weights(folder) or _open(folder).weights, dtype)
 
@@ -197,6 +201,7 @@ def _load(opened: _Opened, device, dtype, progress) -> VisionLanguageModel:
         config = layout.translate(without_code(opened.config), without_code(tower))
         text, vision = config.text_config, config.vision_config
         check_layers(config.vision_feature_layer, vision.num_hidden_layers)
+        check_ratio(getattr(config, "downsample_ratio", 1))
         config.tie_word_embeddings = text.tie_word_embeddings = is_tied(weights)
         if vision.model_type == "siglip_vision_model":
             vision.vision_use_head = False  # nobody reads it
@@ -232,12 +237,14 @@ def shipped_models() -> list[str]:
 
 def find_checkpoint(checkpoint: str | os.PathLike, *, revision: str | None = None) -> Path:
     """The folder of a shipped model, of a folder's name, or of a hub id (downloaded if need be)."""
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise CheckpointError(f"expected the name of a checkpoint, got {checkpoint!r}")
     name = os.fspath(checkpoint)
     if name in shipped_models():
         return DATA / "checkpoints" / name
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if HUB_ID.fullmatch(name) and not Path(name).exists():
+    if HUB_ID.fullmatch(name) and not os.path.exists(name):
         return _download(name, revision)
     raise CheckpointError(
         f"{name!r} is not a folder here, not a hub id (owner/name), and not a model that ships "

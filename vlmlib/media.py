@@ -35,7 +35,12 @@ class Video:
         """The pictures that `indices(n, fps)` names, of n frames. Raises VideoError."""
         if self.is_file:
             return load_video(self.source, indices)
-        frames = list(self.source)
+        frames = self.source
+        if not isinstance(frames, Sequence):
+            raise VideoError(
+                "expected a file name, the bytes of a file or a list of frames, got "
+                f"{type(frames).__name__}"
+            )
         if not frames or self.bound is not None:
             raise VideoError("a list of frames must not be empty, and has no bound in seconds")
         return [frames[i] for i in indices(len(frames), 1.0)]

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import output_capturing
 
 from .cache import FeatureCache, KVCache
-from .checkpoint import Origin, save_net, write_json
+from .checkpoint import Origin, as_device, in_one_line, save_net, write_json
 from .decoding import Chunk, Turn, decode
-from .errors import CacheError, DeviceError, ShapeError
+from .errors import CacheError, DeviceError, GenParamsError, PromptError, ShapeError
 from .fast import FastDecoder
 from .fusion import (
     check_lengths,
@@ -35,7 +35,12 @@ from .images import ImageSource
 from .int4 import Int4Linear
 from .media import Medium, Video
 from .sampling import GenParams
-from .tokenization import IMAGE_TOKEN_INDEX, check_placeholders, escape_special_tokens
+from .tokenization import (
+    IMAGE_TOKEN_INDEX,
+    check_placeholders,
+    check_text,
+    escape_special_tokens,
+)
 
 Part = ImageSource | Video | str
 Media = Tensor | Sequence[Tensor | Medium] | None
@@ -200,7 +205,7 @@ class VisionLanguageModel(ABC):
 
     def new_cache(self) -> KVCache:
         """An empty key/value cache for one sequence."""
-        return KVCache(self.config)
+        return KVCache(self.net.config)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) or (b, n) ids -> (..., d)."""
@@ -284,14 +289,23 @@ class VisionLanguageModel(ABC):
         """(role, parts) of all turns so far -> the prompt for the next answer.
 
         A str is text and a `Path` or Pillow picture is a picture; text is escaped, so it cannot
-        smuggle in placeholders or control tokens.
+        smuggle in placeholders or control tokens. Raises PromptError.
         """
-        return self.tokenizer.apply_chat_template(
-            [{"role": role, "content": self._content(parts)} for role, parts in messages],
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        content = [
+            {"role": role, "content": self._content(as_parts(parts))} for role, parts in messages
+        ]
+        return self._written(content, add_generation_prompt=True)
+
+    def _written(self, messages: Sequence[dict[str, Any]], **options) -> str:
+        """By the chat template, which is a program of the checkpoint's, run in jinja's sandbox."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, **options
+            )
+        except Exception as e:
+            raise PromptError(
+                f"the model's chat template cannot write this conversation ({in_one_line(e)})"
+            ) from e
 
     def _content(self, parts: Sequence[Part]) -> list[dict[str, str]]:
         """The parts of one message as chat templates take them."""
@@ -328,7 +342,8 @@ class VisionLanguageModel(ABC):
         keep = start_pos if chunk_prefilling else 0
         turn = self.turn(prompt, media, start_pos=keep, cache=cache, answer=answer)
         options["prefix"] = prompt if echo else ""
-        options["stop_token_ids"] = [*self.stop_token_ids, *options.get("stop_token_ids", ())]
+        check_stop_ids(more := options.get("stop_token_ids", ()))
+        options["stop_token_ids"] = [*self.stop_token_ids, *more]
         return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
 
     def turn(
@@ -344,25 +359,38 @@ class VisionLanguageModel(ABC):
 
         `media` are Medium objects or pixel values, see `as_media`. `answer` are ids with which the
         answer begins; they count as prompt. Raises PlaceholderError when placeholders and media
-        differ in number, CacheError when `start_pos` is ahead of the cache.
+        differ in number, PromptError for what is no text or no id, CacheError when `start_pos` is
+        ahead of the cache, or the cache another model's; and on the way, if another stream writes
+        into it.
         """
+        check_text(prompt)
         ids, media = self.read(prompt, media)
         ids = [*ids, *answer]
+        check_ids(ids, len(self.net.get_input_embeddings().weight))
         check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
         lengths, keys = [m.length for m in media], [m.key for m in media]
         content = positions(ids, lengths, keys)
         cache, start = self._reusable(content, start_pos, cache)
+        me = object()
 
         def prefill() -> Tensor:
+            check_writer(cache.common_prefix(content) >= start)
+            cache.writer = me
             first_id, first_medium, offset = split_at(ids, lengths, start)
             seen = zip(media[first_medium:], keys[first_medium:], strict=True)
             features = [self._features(m, key) for m, key in seen]
             inputs = fuse(ids[first_id:], features, self.embed)[:, offset:]
             return self.forward(inputs, start, cache, content[start:])
 
+        decoder = self.fast_decoder()
+
+        def step(token: Tensor) -> Tensor:
+            check_writer(cache.writer is me)
+            return self.step(token, cache, decoder)
+
         return Turn(
             prefill,
-            partial(self.step, cache=cache, decoder=self.fast_decoder()),
+            step,
             text_ids=[i for i in ids if i != IMAGE_TOKEN_INDEX],
             prompt_tokens=len(content),
             context_len=self.context_len,
@@ -439,6 +467,10 @@ class VisionLanguageModel(ABC):
     def _reusable(self, content, start_pos: int, cache: KVCache | None) -> tuple[KVCache, int]:
         """The cache to write into, and how many of its positions the new prompt can keep."""
         check_start(start_pos)
+        if cache is not None and not isinstance(cache, KVCache):
+            raise CacheError(f"cache must be one of new_cache, got {type(cache).__name__}")
+        if cache is not None and cache.config() is not self.net.config:
+            raise CacheError("the cache is another model's: it was made by new_cache of that one")
         if start_pos > (0 if cache is None else len(cache)):
             held = "no cache was given" if cache is None else f"the cache holds {len(cache)}"
             raise CacheError(
@@ -463,6 +495,7 @@ def answer_turn(
     """`decode` with a generator's parameters read and checked; `options` are decode's own."""
     params = GenParams.of(gen_params)
     check_device(device, turn.device)
+    check_stop_ids(stop_token_ids)
     stop_ids = end_of_answer_ids(net, tokenizer, stop_token_ids)
     return decode(turn, tokenizer, params, stop_ids=stop_ids, **options)
 
@@ -477,6 +510,11 @@ def _hooked(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
 
 
+def check_stop_ids(ids: Collection[int]) -> None:
+    if not isinstance(ids, Collection) or not all(type(i) is int for i in ids):
+        raise GenParamsError(f"stop_token_ids must be a list of whole numbers, got {ids!r}")
+
+
 def one_of(media: Any, image_tensor: Any) -> Any:
     """TinyChat's generators have two names for the media: the one that was used."""
     if media is not None and image_tensor is not None:
@@ -489,11 +527,40 @@ def check_start(start_pos: int) -> None:
         raise CacheError(f"start_pos must be a whole number >= 0, got {start_pos!r}")
 
 
+def check_writer(alone: bool) -> None:
+    if not alone:
+        raise CacheError(
+            "another stream has written into the cache since: read a stream to its end before the "
+            "next one begins, or give each its own cache"
+        )
+
+
+def check_ids(ids: Sequence[int], n: int) -> None:
+    """Raise PromptError for what is neither one of n ids nor a placeholder."""
+    for i in ids:
+        if not isinstance(i, int) or not (0 <= i < n or i == IMAGE_TOKEN_INDEX):
+            raise PromptError(
+                f"the prompt has the id {i!r}, but the model knows only 0 to {n - 1}: is the "
+                "tokenizer its own?"
+            )
+
+
+def as_parts(parts: Sequence[Part] | str) -> tuple[Part, ...]:
+    """One text, or pictures, clips and texts in their order. Raises PromptError."""
+    if isinstance(parts, str):
+        return (parts,)
+    if not isinstance(parts, Sequence) or isinstance(parts, bytes):
+        raise PromptError(
+            f"expected a text, or a list of pictures, clips and texts, got {type(parts).__name__}"
+        )
+    return tuple(parts)
+
+
 def check_device(wanted: str | torch.device | None, own: torch.device) -> None:
     """Nothing is moved behind the caller's back: another device than the model's is an error."""
     if wanted is None:
         return
-    device = torch.device(wanted)
+    device = as_device(wanted)
     if device.type != own.type or (device.index or 0) != (own.index or 0):
         raise DeviceError(f"device is {device}, but the model is on {own}: move one of them")
 

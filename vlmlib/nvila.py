@@ -43,7 +43,7 @@ from .tiling import (
     s2_grids,
 )
 from .tokenization import IMAGE_TOKEN_INDEX, escape_special_tokens
-from .video import uniform_indices
+from .video import span, uniform_indices
 
 MediaByKind = Mapping[str, Sequence[Tensor | Medium]]
 
@@ -86,9 +86,7 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     def _turn_end_ids(self) -> list[int]:
         answer = "[the answer]"
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False
-        )
+        text = self._written(messages)
         _, found, after = text.rpartition(answer)
         return self.tokenizer(after, add_special_tokens=False).input_ids[:1] if found else []
 
@@ -101,9 +99,6 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         is_split = self.origin is None
         save = LlavaMetaModel.save_pretrained if is_split else VisionLanguageModel.save_pretrained
         save(self, output_dir)
-
-    def new_cache(self) -> KVCache:
-        return KVCache(self.net.config)
 
     # ---- pictures and clips ----
 
@@ -263,8 +258,7 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
 
 def frame_indices(video: Video, num: int, n: int, fps: float) -> list[int]:
     """`num` of a clip's n frames at equal distances, its first and its last included."""
-    start, end = (0, n - 1) if video.bound is None else (round(t * fps) for t in video.bound)
-    first, last = max(start, 0), min(end, n - 1)
+    first, last = span(video.bound, fps, n - 1)
     return [first + i for i in uniform_indices(last - first + 1, num)]
 
 

@@ -44,7 +44,7 @@ class GenParams:
 
     temp            0 is greedy; 1 leaves the model's distribution as it is
     repeat_penalty  divides the positive scores of the ids in prompt and answer so far, multiplies
-                    the negative ones; 1 is off
+                    the negative ones; 1 is off, 1e-6 to 1e6 leave all scores finite
     top_p           keep the smallest set of ids whose probabilities reach this sum; 1 is off
     top_k           keep this many best ids; 0 or less is off
     n_vocab         accepted for TinyChat's sake and not used: scores know their own size
@@ -68,9 +68,9 @@ class GenParams:
 
     def __post_init__(self):
         _check_warpers(self.temp, self.repeat_penalty, self.top_p, self.top_k, self.order)
-        _whole("n_predict", self.n_predict, at_least=0)
+        check_whole("n_predict", self.n_predict, at_least=0)
         if self.seed is not None:
-            _whole("seed", self.seed, at_least=0, at_most=2**63 - 1)
+            check_whole("seed", self.seed, at_least=0, at_most=2**63 - 1)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
             raise GenParamsError(f"stop must be non-empty strings, got {self.stop!r}")
@@ -140,7 +140,7 @@ def prepare_logits_processor(
     Source of the thresholds and the default order: llm-awq:tinychat/stream_generators.
     """
     _check_warpers(temperature, repetition_penalty, top_p, top_k, order)
-    _whole("min_tokens_to_keep", min_tokens_to_keep, at_least=1)
+    check_whole("min_tokens_to_keep", min_tokens_to_keep, at_least=1)
     processors, cuts = LogitsProcessorList(), LogitsProcessorList()
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
@@ -208,23 +208,22 @@ def check_finite(logits: Tensor, step: int) -> None:
 
 def _check_warpers(temperature, repetition_penalty, top_p, top_k, order) -> None:
     _number("temp", temperature, at_least=0.0)
-    _number("repeat_penalty", repetition_penalty, above=0.0)
+    _number("repeat_penalty", repetition_penalty, at_least=1e-6, at_most=1e6)
     _number("top_p", top_p, at_least=0.0, at_most=1.0)
-    _whole("top_k", top_k)
+    check_whole("top_k", top_k)
     if order not in ORDERS:
         raise GenParamsError(f"order must be one of {ORDERS}, got {order!r}")
 
 
-def _number(name, value, *, at_least=-math.inf, at_most=math.inf, above=-math.inf) -> None:
+def _number(name, value, *, at_least=-math.inf, at_most=math.inf) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     ok = ok and abs(value) <= sys.float_info.max  # false for NaN, infinity and ints beyond floats
-    if not (ok and at_least <= value <= at_most and value > above):
-        low = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
+    if not (ok and at_least <= value <= at_most):
         high = f" and <= {at_most:g}" if at_most < math.inf else ""
-        raise GenParamsError(f"{name} must be a finite number {low}{high}, got {value!r}")
+        raise GenParamsError(f"{name} must be a finite number >= {at_least:g}{high}, got {value!r}")
 
 
-def _whole(name, value, *, at_least=-math.inf, at_most=math.inf) -> None:
+def check_whole(name, value, *, at_least=-math.inf, at_most=math.inf) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
         least = f" >= {at_least:g}" if at_least > -math.inf else ""
         raise GenParamsError(f"{name} must be a whole number{least}, got {value!r}")

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from .cache import KVCache
 from .decoding import Chunk
-from .model import Part, VisionLanguageModel
+from .model import Part, VisionLanguageModel, as_parts
 from .sampling import GenParams
 
 
@@ -39,10 +39,10 @@ def stream(
 
     Returns an iterator of chunks, whose fields `vlmlib.decoding.decode` tells. White space in front
     of the answer is left out. Raises ImageError, VideoError, GenParamsError, PromptError,
-    ContextLengthError at the call, before anything is computed.
+    ContextLengthError, CacheError at the call, before anything is computed.
     """
     params = GenParams.greedy_unless(gen_params, **changes)
-    parts = [parts] if isinstance(parts, str) else list(parts)
+    parts = as_parts(parts)
     pictures = [p for p in parts if not isinstance(p, str)]
     return model.stream_prompt(
         model.chat_prompt(parts),

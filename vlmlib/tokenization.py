@@ -5,6 +5,7 @@ Knows tokenizers and strings; knows neither models nor pictures.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import PlaceholderError
+from .errors import PlaceholderError, PromptError
 
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"
@@ -62,10 +63,21 @@ def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     `<image>`, `</s>`, `<|im_end|>` ... get a zero-width space after their first character: they
     read the same and tokenise as plain text.
     """
-    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
     for token in sorted({IMAGE_TOKEN, VIDEO_TOKEN} | special, key=len, reverse=True):
         text = text.replace(token, token[0] + "\u200b" + token[1:])
     return text
+
+
+def check_text(prompt: str) -> None:
+    """Raise PromptError for what no tokenizer takes."""
+    if not isinstance(prompt, str):
+        raise PromptError(f"the prompt must be a text, got {type(prompt).__name__}")
+    if half := re.search(r"[\ud800-\udfff]", prompt):
+        raise PromptError(
+            f"the prompt has half a character, {half[0]!r}, at {half.start()}: a lone surrogate, "
+            "of text that was cut or decoded wrongly"
+        )
 
 
 def check_placeholders(found: int, given: int, what: str = "image") -> None:

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from PIL import Image
 
+from .checkpoint import free_memory, told
 from .errors import VideoError
 
 VideoSource = str | os.PathLike | bytes
+
+MOST_FRAMES = 2**16
+"""Of a video at once; no context holds as many."""
+
+
+def span(
+    bound: tuple[float, float] | None, fps: float, last: int, first: int = 0
+) -> tuple[int, int]:
+    """The frames at the start and end of `bound`, in seconds, and from `first` to `last`.
+
+    Raises VideoError where that leaves nothing.
+    """
+    try:
+        start, end = (first, last) if bound is None else (round(t * fps) for t in bound)
+    except (TypeError, ValueError, OverflowError):
+        raise VideoError(
+            f"bound must be (start, end) in seconds, got {bound!r} at {fps} frames a second"
+        ) from None
+    start, end = max(first, start), min(end, last)
+    if start > end:
+        raise VideoError(
+            f"bound {bound} at {fps} frames a second leaves no frame: "
+            f"first {start}, last {end} of {last}"
+        )
+    return start, end
+
+
+def _check_number(num: int) -> None:
+    if not isinstance(num, Integral) or isinstance(num, bool) or not 1 <= num <= MOST_FRAMES:
+        raise VideoError(
+            f"the number of frames must be a whole number from 1 to {MOST_FRAMES}, got {num!r}"
+        )
 
 
 def get_index(
@@ -31,15 +66,8 @@ def get_index(
     Raises VideoError where `bound` leaves nothing.
     Source: llm-awq:tinychat/models/internvl/media.py.
     """
-    if num_segments < 1:
-        raise VideoError(f"num_segments must be at least 1, got {num_segments}")
-    start, end = (first_idx, max_frame) if bound is None else (round(t * fps) for t in bound)
-    start, end = max(first_idx, start), min(end, max_frame)
-    if start > end:
-        raise VideoError(
-            f"bound {bound} at {fps} frames a second leaves no frame: "
-            f"first {start}, last {end} of {max_frame}"
-        )
+    _check_number(num_segments)
+    start, end = span(bound, fps, max_frame, first_idx)
     size = (end - start) / num_segments
     return [int(start + size / 2 + np.round(size * k)) for k in range(num_segments)]
 
@@ -49,7 +77,8 @@ def uniform_indices(n: int, num: int) -> list[int]:
 
     Source: VILA:llava/utils/media.py.
     """
-    if n < 1 or num < 1:
+    _check_number(num)
+    if n < 1:
         raise VideoError(f"cannot take {num} frame(s) out of {n}")
     return np.round(np.linspace(0, n - 1, num)).astype(int).tolist()
 
@@ -65,17 +94,33 @@ def load_video(
 
     Raises VideoError that names the source.
     """
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
-    reader = _open(source, name)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise VideoError(
+            f"expected a file name or the bytes of a file, got {type(source).__name__}"
+        )
+    if isinstance(source, bytes):  # as a file: decord's own way to read memory reads beyond its end
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            (path := Path(folder) / "clip").write_bytes(source)
+            return _read(path, f"{len(source)} bytes", frames)
+    return _read(source, os.fspath(source), frames)
+
+
+def _read(path: str | os.PathLike, name: str, frames) -> list[Image.Image]:
+    reader = _open(path, name)
     n = len(reader)
-    indices = list(frames(n, reader.get_avg_fps()) if callable(frames) else frames)
-    for i in indices:
-        if not 0 <= i < n:
+    chosen = frames(n, reader.get_avg_fps()) if callable(frames) else frames
+    if not isinstance(chosen, (Sequence, np.ndarray)):
+        raise VideoError(f"frames must be a list of numbers, got {chosen!r}")
+    for i in chosen:
+        if not isinstance(i, Integral) or not 0 <= i < n:
             raise VideoError(f"{name}: frame {i} was asked for, but it has {n} frames")
-    if not indices:
+    if not len(chosen):
         return []
     try:
-        batch = reader.get_batch(indices)
+        _check_room(name, len(chosen), reader[chosen[0]].shape)
+        batch = reader.get_batch(chosen)
+    except VideoError:
+        raise
     except Exception as e:
         raise VideoError(f"{name}: its frames cannot be decoded ({_first_line(e)})") from e
     # decord gives what the caller's thread has asked of it; its own arrays know asnumpy.
@@ -83,15 +128,24 @@ def load_video(
     return [Image.fromarray(frame) for frame in array]  # (t, h, w, 3)
 
 
-def _open(source: VideoSource, name: str):
+def _check_room(name: str, n: int, shape: Sequence[int]) -> None:
+    """For n frames (h, w, 3), as decord has them and as pictures: it ends the process without."""
+    need, free = n * shape[0] * shape[1] * (3 + 4), free_memory(torch.device("cpu"))
+    if need > free:
+        raise VideoError(
+            f"{name}: {n} frames of {shape[1]} x {shape[0]} pixels take {told(need)}, and "
+            f"{told(free)} of memory are free"
+        )
+
+
+def _open(path: str | os.PathLike, name: str):
     """A decord.VideoReader with at least one frame."""
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        found = "a folder" if Path(source).is_dir() else "no such file"
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no such file"
         raise VideoError(f"{name}: {found}, expected a video file")
     VideoReader = _decord().VideoReader
     try:
-        data = io.BytesIO(source) if isinstance(source, bytes) else name
-        reader = VideoReader(data, num_threads=1)
+        reader = VideoReader(os.fspath(path), num_threads=1)
         if not len(reader):
             raise ValueError("it has 0 frames")
     except Exception as e:  # decord raises RuntimeError, AssertionError, DECORDError, ...

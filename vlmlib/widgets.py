@@ -348,8 +348,8 @@ class ChatPanel(StreamPanel):
         if self._asked:
             said += [("user", [self._asked]), ("assistant", [text])]
         turns = "".join(
-            f'<p style="margin:0 0 .3em"><b>{role}:</b> {html.escape(" ".join(texts))}</p>'
-            for role, texts in said
+            f'<p style="margin:0 0 .3em"><b>{html.escape(role)}:</b> {html.escape(text)}</p>'
+            for role, text in ((role, " ".join(texts)) for role, texts in said)
         )
         self.text.value = (
             '<div role="log" aria-label="conversation" style="font-size:115%;line-height:1.4;'
