@@ -529,7 +529,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, times: Mapping[str, float], words: str) -> str:
-    middle, low, high = (f"{1e3 * times[key]:.3g}" for key in ("median", "low", "high"))
+    ms = (1e3 * times[key] for key in ("median", "low", "high"))
+    middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in ms)
     return f"| {name} | {middle} | {low} to {high} | {words} |"
 
 
