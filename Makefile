@@ -28,6 +28,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two workers for two cores: threads of their own would only be in each other's way.
+unit nbval: export OMP_NUM_THREADS = 1
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser" tests
 
