@@ -13,6 +13,7 @@ import vlmlib
 from vlmlib.__main__ import main
 
 PICTURE = str(vlmlib.DATA / "images" / "three-shapes.png")
+CLIP = str(sorted((vlmlib.DATA / "videos").glob("*.mp4"))[0])
 
 
 def test_answers_and_sums_up(capsys):
@@ -70,6 +71,12 @@ def test_sampling_options_reach_the_sampler(capsys):
     assert len(say("--max-tokens", "3").split()) <= 3
 
 
+def test_weights_of_four_bits(capsys):
+    assert main([PICTURE, "What is left of the red circle?", "--quant", "int4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "A small blue square.\n" and "int4" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -83,6 +90,7 @@ def test_sampling_options_reach_the_sampler(capsys):
         ([PICTURE, "What?", "--model", "huge-llava"], "'huge-llava' is not a folder here"),
         ([PICTURE, "word " * 3000], "context holds 2048"),
         ([PICTURE, "What?", "--device", "abacus"], "abacus"),
+        ([CLIP, "What?"], "LLaVA looks at pictures and at no clips"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, words):

@@ -503,7 +503,7 @@ VIDEOS = [
         "got NoneType",
         lambda p: p.model("nvila").prepare([Video([None])]),
     ),
-    bad("a clip for LLaVA", ImageError, "got Video", lambda p: asked(p, [Video(CLIP), "what?"])),
+    bad("a clip for LLaVA", VideoError, "at no clips", lambda p: asked(p, [Video(CLIP), "what?"])),
 ]
 
 

@@ -1,10 +1,11 @@
-"""Ask a model about pictures, from a terminal: `python -m vlmlib PICTURE "question"`."""
+"""Ask a model about pictures and clips, from a terminal: `python -m vlmlib PICTURE "question"`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import mimetypes
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from time import perf_counter
 
 import torch
 
-from . import DATA, GenParams, TimeStats, load, shipped_models, stream, stream_output
+from . import DATA, GenParams, TimeStats, Video, load, shipped_models, stream, stream_output
 from .checkpoint import told
 from .errors import VlmError
 
@@ -47,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    *pictures, question = args.inputs
-    if not pictures and Path(question).is_file():
-        raise ValueError(f"{question} is a picture, and no question follows it")
+    *files, question = args.inputs
+    if not files and Path(question).is_file():
+        raise ValueError(f"{question} is a file, and no question follows it")
+    sources = [Video(f, args.frames) if _is_clip(f) else Path(f) for f in files]
     params = GenParams(
         temp=args.temp,
         top_p=args.top_p,
@@ -61,11 +63,13 @@ def _run(args: argparse.Namespace) -> int:
     )
     with _said(f"loading {args.model}") as progress:
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        model = load(args.model, device=args.device, dtype=dtype, progress=progress)
+        model = load(
+            args.model, device=args.device, dtype=dtype, quant=args.quant, progress=progress
+        )
     stats, usage = TimeStats(), {}
 
     def chunks():
-        for chunk in stream(model, [*map(Path, pictures), question], params):
+        for chunk in stream(model, [*sources, question], params):
             usage.update(chunk["usage"])
             yield chunk
 
@@ -77,6 +81,11 @@ def _run(args: argparse.Namespace) -> int:
         print(f"\n{prompt} prompt + {completion} answer tokens; {stats}", file=sys.stderr)
         print(f"{model}", file=sys.stderr)
     return 0
+
+
+def _is_clip(file: str) -> bool:
+    kind, _ = mimetypes.guess_type(file)
+    return bool(kind and kind.startswith("video/"))
 
 
 @contextlib.contextmanager
@@ -98,8 +107,8 @@ def _said(what: str) -> Iterator[Callable[[int, int], None]]:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m vlmlib",
-        description="Ask a vision-language model about pictures and watch the answer come, "
-        "token by token.",
+        description="Ask a vision-language model about pictures and clips and watch the answer "
+        "come, token by token.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="PICTURE ... QUESTION",
-        help="picture files (none, one or several), then the question as the last argument",
+        help="files of pictures or clips (none, one or several), then the question as the last "
+        "argument",
     )
     p.add_argument(
         "--model",
@@ -120,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of the weights (default: the checkpoint's on a GPU; float32 or, above 200 MB, "
         "bfloat16 on a CPU)",
+    )
+    p.add_argument(
+        "--quant", choices=["int4"], help="round the language model to four bits a weight"
+    )
+    p.add_argument(
+        "--frames", type=int, help="to look at in each clip (default: as many as the model likes)"
     )
     g = p.add_argument_group("sampling (default: always the best token)")
     g.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)")

@@ -27,10 +27,10 @@ from transformers import (
 from .cache import KVCache
 from .conversation import Conversation
 from .decoding import Chunk, Turn
-from .errors import CacheError, ShapeError
+from .errors import CacheError, ShapeError, VideoError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
-from .media import Medium
+from .media import Medium, Video
 from .model import Media, Part, VisionLanguageModel, answer_turn, end_of_answer_ids
 from .sampling import GenParams
 from .tiling import (
@@ -69,7 +69,7 @@ class Llava(VisionLanguageModel):
         return process_images(images, self.image_processor, self.config)
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
-        pictures = [load_image(source) for source in sources]
+        pictures = _loaded(sources)
         media = self.as_media(self.prepare_images(pictures) if pictures else None)
         padded = getattr(self.config, "image_aspect_ratio", None) == "pad"
         shown = replace(self.image_processor, do_pad=padded or self.image_processor.do_pad).region
@@ -159,7 +159,7 @@ class LlavaNext(Llava):
         return super().processor_config() | pinpoints
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
-        pictures = [load_image(source) for source in sources]
+        pictures = _loaded(sources)
         tiles = self.prepare_images(pictures)
         return [self.sized(t, p.size) for t, p in zip(tiles, pictures, strict=True)]
 
@@ -360,3 +360,9 @@ def LlavaStreamGenerator(
     turn = transformers_turn(model, tokenizer, input, image_tensor)
     prefix = input if echo else ""
     return answer_turn(turn, model, tokenizer, gen_params, prefix=prefix, **options)
+
+
+def _loaded(sources: Sequence[ImageSource]) -> list[Image.Image]:
+    if any(isinstance(source, Video) for source in sources):
+        raise VideoError("LLaVA looks at pictures and at no clips: give it frames as pictures")
+    return [load_image(source) for source in sources]
