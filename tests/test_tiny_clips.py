@@ -22,12 +22,13 @@ from vlmlib.tiny.clips import (
     clip_questions,
     example_clips,
     frames,
+    is_reserved,
     random_clip,
     reserved_clips,
     train_clip,
 )
 from vlmlib.tiny.evaluate import mp4
-from vlmlib.tiny.scenes import PLACES, Scene, Thing
+from vlmlib.tiny.scenes import PLACES, TRAIN_START, Scene, Thing, reserved_keys
 from vlmlib.video import load_video
 
 seeds = st.integers(0, 2**40)
@@ -115,8 +116,19 @@ def test_frames_begin_and_end_as_the_clip_says():
         assert all(steps) if clip.event == "move" else sum(steps) == 1
 
 
-def test_no_reserved_clip_is_in_the_training_stream():
-    assert not {train_clip(i).key for i in range(1_000)} & reserved_clips()
+def test_no_reserved_clip_or_scene_is_in_the_training_stream():
+    clips = [train_clip(i) for i in range(1_000)]
+    assert not {clip.key for clip in clips} & reserved_clips()
+    assert not {s.key for clip in clips for s in (clip.start, clip.end)} & reserved_keys()
+    passed_over = [
+        c for c in map(random_clip, range(TRAIN_START, TRAIN_START + 1_000)) if is_reserved(c)
+    ]
+    assert 10 < len(passed_over) < 300
+
+
+def test_anything_may_appear_or_vanish():
+    clips = [c for c in map(random_clip, range(300)) if c.event in ("appear", "vanish")]
+    assert {clip.index for clip in clips} >= {0, 1, 2}
 
 
 def test_impossible_clips_are_refused():

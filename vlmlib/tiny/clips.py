@@ -33,6 +33,7 @@ from .scenes import (
     draw,
     random_scene,
     references,
+    reserved_keys,
     there_are,
     unreserved,
 )
@@ -135,7 +136,8 @@ def random_clip(seed: int) -> Clip:
             "move": free_ways(scene, thing),
             "turn": [colour for colour in COLOURS if colour != thing.colour],
         }.get(event, [""])
-        if len(scene.things) < MAX_THINGS and details and (event in ("move", "turn") or index):
+        left = len(scene.things) > 1 or event in ("move", "turn")
+        if len(scene.things) < MAX_THINGS and details and left:
             return Clip(scene, event, index, rng.choice(details), rng.uniform(0.3, 0.7))
 
 
@@ -145,9 +147,15 @@ def reserved_clips() -> frozenset[str]:
     return frozenset(random_clip(seed).key for seed in (*HELD_OUT, *VALIDATION))
 
 
+def is_reserved(clip: Clip) -> bool:
+    """Whether it is a held-out or validation clip, or begins or ends with such a scene."""
+    scenes = {clip.start.key, clip.end.key}
+    return clip.key in reserved_clips() or not scenes.isdisjoint(reserved_keys())
+
+
 def train_clip(index: int) -> Clip:
-    """Clip number `index` of the training stream, never one of the reserved ones."""
-    return unreserved(index, random_clip, reserved_clips())
+    """Clip number `index` of the training stream, never one that `is_reserved`."""
+    return unreserved(index, random_clip, is_reserved)
 
 
 def frames(

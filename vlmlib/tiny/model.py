@@ -42,7 +42,7 @@ from ..nvila import NVILA
 from ..nvila_checkpoint import NVILAConfig
 from ..nvila_model import MEDIA_TOKENS
 from ..tokenization import VIDEO_TOKEN
-from .scenes import draw, random_scene
+from .scenes import draw, train_scene
 from .tokenizer import IMAGE, build_qwen_tokenizer, build_tokenizer
 
 PIXELS, PATCH, LAYERS = 112, 14, 4
@@ -300,7 +300,7 @@ def _clip_name(name: str) -> str:
 def _normed_embeddings(weights: dict[str, Tensor], source: Llava) -> dict[str, Tensor]:
     """Embeddings of patches, places and class whose sum is CLIP's behind its first norm."""
     tower = source.net.model.vision_tower
-    embedded = tower.embeddings(source.prepare([draw(random_scene(0))])[0].pixels)
+    embedded = tower.embeddings(source.prepare([draw(train_scene(0))])[0].pixels)
     spread = embedded[:, 1:].std(dim=-1, correction=0).mean()
     scale, shift = tower.pre_layrnorm.weight / spread, tower.pre_layrnorm.bias
     patches, places = weights[f"{PATCHES}.weight"], weights[POSITIONS]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -69,13 +69,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 MAX_THINGS = 5
 
 
-class Keyed(Protocol):
-    """A scene or a clip: equal keys, equal content."""
-
-    key: str
-
-
-Content = TypeVar("Content", bound=Keyed)
+Content = TypeVar("Content")
 
 HELD_OUT = range(2_000)
 VALIDATION = range(1_000_000, 1_000_500)
@@ -106,7 +100,7 @@ class Thing:
             raise ValueError(f"no such thing: {self.size} {self.colour} {self.shape}")
         if not 0 <= self.place < len(PLACES):
             raise ValueError(f"place {self.place} is not one of 0..{len(PLACES) - 1}")
-        if self.label and (self.label not in LABELS or self.size != "large"):
+        if self.label and (self.label not in set(LABELS) or self.size != "large"):
             raise ValueError(f"label {self.label!r} needs a large shape and one of {LABELS}")
         if self.print and (self.print not in PRINTS or self.size != "large" or self.label):
             raise ValueError(f"print {self.print!r} needs a large shape with nothing else on it")
@@ -278,23 +272,30 @@ def reserved_keys() -> frozenset[str]:
     return frozenset(make(seed).key for make in (random_scene, detail_scene) for seed in seeds)
 
 
+def is_reserved(scene: Scene) -> bool:
+    """Whether it is a held-out or validation scene."""
+    return scene.key in reserved_keys()
+
+
 def train_scene(index: int, label_share: float = 0.6) -> Scene:
-    """Scene number `index` of the training stream, never one of the reserved ones."""
-    return unreserved(index, lambda seed: random_scene(seed, label_share), reserved_keys())
+    """Scene number `index` of the training stream, never one that `is_reserved`."""
+    return unreserved(index, lambda seed: random_scene(seed, label_share), is_reserved)
 
 
 def train_detail_scene(index: int) -> Scene:
-    """Scene with small print number `index` of the training stream, never a reserved one."""
-    return unreserved(index, detail_scene, reserved_keys())
+    """Number `index` of the training stream with small print, never one that `is_reserved`."""
+    return unreserved(index, detail_scene, is_reserved)
 
 
-def unreserved(index: int, make: Callable[[int], Content], reserved: frozenset[str]) -> Content:
-    """Number `index` of what `make` makes of the training seeds, past all reserved keys."""
+def unreserved(
+    index: int, make: Callable[[int], Content], reserved: Callable[[Content], bool]
+) -> Content:
+    """Number `index` of what `make` makes of the training seeds, past all that is reserved."""
     if index < 0:
         raise ValueError(f"the training stream starts at 0, not {index}")
     for attempt in range(100):
         content = make(TRAIN_START + 100 * index + attempt)
-        if content.key not in reserved:
+        if not reserved(content):
             return content
     raise RuntimeError(f"training scene {index}: a hundred seeds in a row are reserved")
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..loading import load
@@ -205,6 +206,12 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
 
+    def compile(self) -> None:
+        """The layers as compiled code, a fifth faster; the numbers are the same up to rounding."""
+        for module in self.parts.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
+                module.compile(dynamic=True)
+
     def state(self) -> dict:
         return {
             "step": self.step,
@@ -366,8 +373,9 @@ def steps_ahead(trainer: Trainer, workers: int) -> Iterator[list[Batch]]:
 def probe(trainer: Trainer, scenes: int = 32) -> dict[str, float]:
     """Share of right answers of each kind on a few validation scenes and clips."""
     table = {}
-    for content in MIXES[trainer.model.family]:
-        table |= by_kind(grade(trainer.model, content, VALIDATION[:scenes]))
+    with torch.compiler.set_stance("force_eager"):  # every question has another length
+        for content in MIXES[trainer.model.family]:
+            table |= by_kind(grade(trainer.model, content, VALIDATION[:scenes]))
     return {kind: round(row["right"], 3) for kind, row in table.items()}
 
 
@@ -425,6 +433,8 @@ def train(options: argparse.Namespace) -> None:
         trainer = Trainer(_recipe(options))
         if options.start:
             warm_start(trainer.model, load(options.start, device="cpu"))
+    if options.compile:
+        trainer.compile()
     recipe = trainer.recipe
     losses: list[float] = []
     began, first = time.monotonic(), trainer.step
@@ -480,6 +490,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--processes", type=int, default=min(4, cores), help=f"default {min(4, cores)}"
     )
     parser.add_argument("--workers", type=int, default=1, help="for each one, to make data")
+    parser.add_argument(
+        "--compile", action="store_true", help="the layers: faster, and needs a C++ compiler"
+    )
     parser.add_argument("--minutes", type=float, help="stop then; fail unless the loss halved")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     numbers = parser.add_argument_group("numbers of the recipe")
