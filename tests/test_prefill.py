@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import expanded_ids, ids_of, noise, tiny_llava
 from test_quant import FAMILIES, GREEDY, PROMPTS, in_all_families, logits
 
@@ -53,6 +54,25 @@ def test_no_layer_sees_more_than_a_piece(family):
     layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     assert [say(model), say(model, question="Left or right? " * 3)] == answers
     assert max(lengths) == 7 and lengths.count(7) > 2
+
+
+@in_all_families
+def test_all_attention_is_torch_s_own(family, monkeypatch):
+    """Of tower and language model, none by a matrix of scores that is written out."""
+    model, calls = FAMILIES[family](), []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **kw: calls.append(args) or fused(*args, **kw),
+    )
+    model.turn(*_asked(model)).prefill()
+    layers = [m for m in model.whole_net.modules() if type(m).__name__.endswith("Attention")]
+    assert len(calls) == len(layers) > 2
+
+
+def _asked(model):
+    return model.chat_prompt([PICTURE, "What is this?"]), model.prepare([PICTURE])
 
 
 def test_a_second_turn_is_fed_in_pieces_too():
