@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import noise, tiny_llava, tiny_llava_next, transcript
+from transformers import MistralConfig
 
 from vlmlib import Chat, ContextLengthError, PlaceholderError
 
@@ -18,12 +19,15 @@ ROOM = {"max_position_embeddings": 512}
 OPTIONS = {"n_predict": 9, "trace": 0, "stream_interval": 100}
 
 
-@pytest.fixture(scope="module", params=["llava-0", "llava-1", "llava_next-0"])
+WINDOW = {"text_class": MistralConfig, "sliding_window": 16}
+
+
+@pytest.fixture(scope="module", params=["llava-0", "llava-1", "llava_next-0", "mistral-0"])
 def model(request):
     name, seed = request.param.split("-")
-    if name == "llava":
-        return tiny_llava(seed=int(seed), **ROOM)
-    return tiny_llava_next(int(seed))
+    if name == "llava_next":
+        return tiny_llava_next(int(seed))
+    return tiny_llava(seed=int(seed), **ROOM, **(WINDOW if name == "mistral" else {}))
 
 
 def talk(chat, turns=TURNS):

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .budget import image_tokens
-from .cache import KVCache
+from .cache import KVCache, common_prefix
 from .chat import Chat, Message
 from .course import visible
 from .decoding import Chunk, TokenTrace
@@ -339,9 +339,7 @@ class ChatPanel(StreamPanel):
 
     def _kept(self, prompt_tokens: int) -> int:
         """What of the prompt was not fed; a stopped stream does not say, so compare the caches."""
-        now = self.chat.cache.content[: prompt_tokens - 1]
-        pairs = enumerate(zip(self._held, now, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self._held), len(now)))
+        return common_prefix(self._held, self.chat.cache.content[: prompt_tokens - 1])
 
     def _say(self, text: str) -> None:
         said = [(role, [p for p in parts if isinstance(p, str)]) for role, parts in self._earlier]
