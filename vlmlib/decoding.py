@@ -36,6 +36,7 @@ class Turn:
     reused_tokens  positions of the prompt that a cache holds already; `prefill` feeds the others
     looks_ahead    a device works by itself: give it the step behind a token before that token is
                    read, so that it never waits. If the token ends the answer, that step is lost.
+                   The first token is read before its step: somebody waits for it.
     """
 
     prefill: Callable[[], Tensor]
@@ -132,7 +133,8 @@ def _loop(turn, params, stop_ids, stream_interval, out, tracer) -> Iterator[Chun
     reason = "length"
     while out.tokens < limit:
         is_last = out.tokens + 1 == limit
-        ahead = draw(turn.step(drawn.token)) if turn.looks_ahead and not is_last else None
+        looks_ahead = turn.looks_ahead and out.tokens and not is_last
+        ahead = draw(turn.step(drawn.token)) if looks_ahead else None
         token_id = drawn.read(step=out.tokens)
         out.count(perf_counter() - start)
         if tracer:
@@ -154,11 +156,10 @@ class _Drawn:
 
     def __init__(self, token: Tensor, logits: Tensor, scores: Tensor):
         self.token, self.logits, self.scores = token, logits, scores
-        self._id = token.to("cpu", non_blocking=True)
-        self._highest = logits.max().to("cpu", non_blocking=True)
-        self._arrival = torch.cuda.Event() if token.is_cuda else None
-        if self._arrival:
-            self._arrival.record()
+        on_gpu = token.is_cuda  # any other device has no event here: its copy is waited for
+        self._id = token.to("cpu", non_blocking=on_gpu)
+        self._highest = logits.max().to("cpu", non_blocking=on_gpu)
+        self._arrival = torch.cuda.current_stream(token.device).record_event() if on_gpu else None
 
     def read(self, step: int) -> int:
         """Wait until it is here. Raises NonFiniteLogitsError."""
