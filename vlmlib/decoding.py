@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ContextLengthError, PromptError
-from .sampling import GenParams, Sampler, check_finite, check_whole
+from .sampling import GenParams, Sampler, check_finite, check_whole, entropy
 from .tokenization import TextStream
 
 Chunk = dict[str, Any]
@@ -228,8 +228,7 @@ class _Tracer:
         self.tokenizer, self.k = tokenizer, k
 
     def __call__(self, token_id: int, logits: Tensor, scores: Tensor) -> TokenTrace:
-        logp = logits[0].float().log_softmax(dim=-1)  # (v,)
-        p = logp.exp()
+        p = logits[0].float().softmax(dim=-1)  # (v,)
         best = p.topk(min(self.k, p.numel()))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return TokenTrace(
@@ -237,6 +236,6 @@ class _Tracer:
             text=self.tokenizer.decode([token_id]),
             probability=p[token_id].item(),
             drawn_from=scores[0].softmax(dim=-1)[token_id].item(),
-            entropy=-(p * logp.clamp(min=-1e4)).sum().item() / torch.tensor(2.0).log().item(),
+            entropy=entropy(p),
             alternatives=[(i, self.tokenizer.decode([i]), q) for i, q in pairs],
         )
