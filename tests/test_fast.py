@@ -445,6 +445,17 @@ def test_hooks_are_not_passed_by():
     assert model.fast_decoder() is not None
 
 
+def test_the_kind_of_step_is_chosen_when_an_answer_begins():
+    model, seen = tiny_llava(), []
+    ids = answered(model, GREEDY)
+    streams = [vlmlib.stream(model, PROMPTS[0], GREEDY, trace=0) for _ in range(2)]
+    hook = model.net.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    assert ids_of(streams[0]) == ids and len(seen) == len(ids)
+    hook.remove()
+    model.net.double()
+    assert ids_of(streams[1]) == ids
+
+
 def answered(model, params):
     return ids_of(vlmlib.stream(model, PROMPTS[0], params, trace=0))
 
