@@ -29,7 +29,7 @@ import vlmlib
 from vlmlib.sampling import Sampler
 
 GOLDEN = Path(__file__).parent / "golden"
-VECTORS = json.loads((GOLDEN / "vectors.json").read_text())
+VECTORS = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))
 TOKENIZERS = ("tokenizer_bos", "tokenizer_no_bos")
 CONTEXT = 96
 PICTURE = 28  # pixels a side: 2 x 2 patches
