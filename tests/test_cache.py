@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import noise, tiny_llava, transcript
+from test_fast import SIZES
 from transformers import (
     DynamicCache,
     MistralConfig,
@@ -18,19 +19,12 @@ from transformers import (
 from vlmlib import CacheError, Chat
 from vlmlib.cache import GrowingLayer, KVCache
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
 WINDOWS = {
-    "mistral": lambda n: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=n)),
-    "mistral's default": lambda n: MistralForCausalLM(MistralConfig(**SIZES)),
+    "mistral": lambda n: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=n)),
+    "mistral's default": lambda n: MistralForCausalLM(MistralConfig(**GROUPED)),
     "qwen2, some layers": lambda n: Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=n, max_window_layers=1)
+        Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=n, max_window_layers=1)
     ),
 }
 
