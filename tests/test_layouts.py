@@ -517,7 +517,8 @@ def test_formats_of_the_original_llavas(folder_of, change, prompt, end):
     folder = folder_of("llava_next")
     if "token" in change:  # in place of another, so that the embeddings fit
         path = folder / "tokenizer.json"
-        path.write_text(path.read_text().replace('"<unk>"', f'"{change["token"]}"'))
+        text = path.read_text(encoding="utf-8").replace('"<unk>"', f'"{change["token"]}"')
+        path.write_text(text, encoding="utf-8")
     else:
         edit(folder / "config.json", **change)
     model = load(folder)

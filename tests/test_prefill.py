@@ -152,6 +152,27 @@ def test_hooks_are_called_every_time(seen):
     assert len(calls) == 3 and len(sizes) == 4
 
 
+def test_hooks_of_a_wrapper_are_called_every_time():
+    model, calls = FAMILIES["nvila"](), []
+    say(model)
+    model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        say(model)
+    assert len(calls) == 2
+
+
+@in_all_families
+def test_changed_embeddings_see_again(family):
+    """NVILA writes a line break behind a picture."""
+    model = FAMILIES[family]()
+    before = logits(model)
+    with torch.no_grad():
+        model.net.get_input_embeddings().weight.mul_(2)
+    after = logits(model)
+    model.feature_cache.clear()
+    assert torch.equal(after, logits(model)) and not torch.equal(after, before)
+
+
 @pytest.mark.parametrize("chunk", [2048, 5])
 def test_gradients_are_those_of_transformers(seen, chunk):
     model, sizes = seen

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .decoding import Chunk
+from .errors import CacheError
 from .model import Part, VisionLanguageModel, as_parts
 from .sampling import GenParams
 
@@ -26,7 +27,8 @@ class Chat:
         for chunk in chat.ask("Where is the red one?"):
             ...
 
-    messages          (role, parts) of all turns; change it as you like, the next turn obeys
+    messages          (role, parts) of all turns; change it as you like, the next turn obeys, but
+                      not between a question and the end of its answer
     chunk_prefilling  feed only what is new; False feeds the whole transcript every turn
     """
 
@@ -48,7 +50,8 @@ class Chat:
         """Stream the answer to the next user turn; parameters as in `vlmlib.stream`.
 
         The turn joins the conversation when its stream ends. A stream that is closed early leaves
-        the answer as far as it came.
+        the answer as far as it came. Raises CacheError where it is read, and begins or ends, if
+        `messages` is not what it was at the call.
         """
         params = GenParams.greedy_unless(gen_params, **changes)
         messages = [*self.messages, ("user", as_parts(parts))]
@@ -67,6 +70,7 @@ class Chat:
         return self._remember(messages, chunks)
 
     def _remember(self, messages: list[Message], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        self._check_unchanged(messages)
         text = ""
         try:
             for chunk in chunks:
@@ -74,4 +78,12 @@ class Chat:
                 yield chunk
         finally:
             chunks.close()
+            self._check_unchanged(messages)
             self.messages = [*messages, ("assistant", (text,))]
+
+    def _check_unchanged(self, messages: list[Message]) -> None:
+        if self.messages != messages[:-1]:
+            raise CacheError(
+                "the conversation has changed since this question was asked: read a stream to its "
+                "end before the next question, and change messages between them"
+            )

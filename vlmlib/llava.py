@@ -359,7 +359,8 @@ def LlavaStreamGenerator(
         )
     turn = transformers_turn(model, tokenizer, input, image_tensor)
     prefix = input if echo else ""
-    return answer_turn(turn, model, tokenizer, gen_params, prefix=prefix, **options)
+    stop_ids = end_of_answer_ids(model, tokenizer)
+    return answer_turn(turn, tokenizer, gen_params, stop_ids=stop_ids, prefix=prefix, **options)
 
 
 def _loaded(sources: Sequence[ImageSource]) -> list[Image.Image]:

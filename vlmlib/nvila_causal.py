@@ -136,18 +136,9 @@ class LlavaMetaForCausalLM:
         """
         ids, mask = self.expanded(input_ids, attention_mask, media_config)
         embeds, _, mask = self._embed(ids, media, media_config, None, mask, padding_side="left")
-        config = generation_kwargs.get("generation_config")
-        if getattr(config, "eos_token_id", None) is None:
-            generation_kwargs.setdefault("eos_token_id", self.stop_token_ids)
-        if getattr(config, "pad_token_id", None) is None:
-            pad = self.tokenizer.pad_token_id
-            pad = self.stop_token_ids[0] if pad is None else pad
-            generation_kwargs.setdefault("pad_token_id", pad)
-        return (
-            self.choose_weights(quant_llm)
-            .get_llm()
-            .generate(inputs_embeds=embeds, attention_mask=mask.long(), **generation_kwargs)
-        )
+        options = self.with_stop_tokens(generation_kwargs)
+        llm = self.choose_weights(quant_llm).get_llm()
+        return llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
     def generate_content(
         self,
