@@ -249,7 +249,7 @@ SAME = {
     "1": (filled("1", 1), (255,) * 3),
     "I;16": (sixteen_bit(0x80FF), (128,) * 3),
     "I;16, white": (sixteen_bit(65535), (255,) * 3),
-    "I;16, 8 bits used": (sixteen_bit(200), (200,) * 3),
+    "I;16, dark": (sixteen_bit(255), (0,) * 3),
     "I": (filled("I", 65535), (255,) * 3),
     "I, beyond 16 bits": (filled("I", 2**31 - 1), (255,) * 3),
     "I, negative": (filled("I", -5), (0,) * 3),
