@@ -28,8 +28,8 @@ from .chessboard import pixel_shuffle, square_side
 from .decoding import Chunk
 from .errors import PlaceholderError, ShapeError
 from .images import ImageProcessor, ImageSource, load_image
-from .media import Medium, Video
-from .model import Media, VisionLanguageModel, end_of_answer_ids, one_of
+from .media import Medium, Video, check_kinds
+from .model import Media, VisionLanguageModel, check_pixels, end_of_answer_ids, one_of
 from .sampling import GenParams
 from .tiling import dynamic_preprocess, dynamic_regions, patch_boxes
 from .tokenization import (
@@ -147,9 +147,7 @@ class InternVL(VisionLanguageModel):
         return patch_boxes(side, side, medium.shown).flatten(0, 1)
 
     def medium(self, pixels: Tensor, kind: str = "image") -> Medium:
-        side = self.image_size
-        if pixels.shape[1:] != (3, side, side) or not len(pixels):
-            raise ShapeError(f"expected (t, 3, {side}, {side}) pixels, got {tuple(pixels.shape)}")
+        check_pixels(pixels, self.image_size)
         return Medium(pixels, len(pixels) * self.tokens_per_tile, kind)
 
     def as_media(self, media: Media | Mapping[str, Sequence[Tensor | Medium]]) -> list[Medium]:
@@ -160,8 +158,7 @@ class InternVL(VisionLanguageModel):
             media = [media]
         if not isinstance(media, Mapping):
             return super().as_media(media)
-        if unknown := sorted(map(str, set(media) - {"image", "video"})):
-            raise ShapeError(f"media must be under 'image' and 'video', got {unknown}")
+        check_kinds(media)
         clips = [replace(m, kind="video") for m in self.as_media(media.get("video"))]
         return [*self.as_media(media.get("image")), *clips]
 
@@ -177,10 +174,7 @@ class InternVL(VisionLanguageModel):
     def project(self, features: Tensor, medium: Medium) -> Tensor:
         x = rearrange(features, "t (w h) c -> t w h c", w=square_side(features.shape[1]))
         x = rearrange(pixel_shuffle(x, self.config.downsample_ratio), "t w h c -> t (w h) c")
-        projected = self.net.model.multi_modal_projector(x).flatten(0, 1)
-        if len(projected) != medium.length:
-            raise ShapeError(f"a medium of {medium.length} positions has {len(projected)} features")
-        return projected
+        return self.net.model.multi_modal_projector(x).flatten(0, 1)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """`<img>`, IMAGE_TOKEN_INDEX, `</img>` for every `<image>`; a clip's frames have theirs."""
