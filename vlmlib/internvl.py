@@ -22,6 +22,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .cache import KVCache
 from .chessboard import pixel_shuffle, square_side
@@ -48,9 +49,6 @@ NUM_IMAGE_TOKEN = 256
 
 NUM_FRAMES = 8
 """Frames of a clip that are looked at, unless the clip says otherwise."""
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
@@ -96,10 +94,11 @@ class InternVL(VisionLanguageModel):
     net: InternVLForConditionalGeneration
 
     def __init__(self, net, tokenizer, image_processor: ImageProcessor | None = None):
-        super().__init__(net, tokenizer, image_processor)
         if image_processor is None:
-            side = self.image_size
-            self.image_processor = ImageProcessor(side, side, side, IMAGENET_MEAN, IMAGENET_STD)
+            side = tile_pixels(net.config)
+            colours = map(tuple, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+            image_processor = ImageProcessor(None, side, side, *colours)
+        super().__init__(net, tokenizer, replace(image_processor, shortest_edge=None))
         if not tokenizer.chat_template:
             self.chat_template = CHAT_TEMPLATES["internvl2_5"]
 
