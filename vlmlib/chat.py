@@ -8,11 +8,12 @@ can go stale: an edited turn or another picture differs, and everything behind i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from .decoding import Chunk
 from .errors import CacheError
-from .model import Part, VisionLanguageModel, as_parts
+from .model import Part, VisionLanguageModel, as_parts, sources_of
 from .sampling import GenParams
 
 Message = tuple[str, tuple[Part, ...]]
@@ -55,10 +56,10 @@ class Chat:
         """
         params = GenParams.greedy_unless(gen_params, **changes)
         messages = [*self.messages, ("user", as_parts(parts))]
-        pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
+        sources = sources_of(chain.from_iterable(said for _, said in messages))
         chunks = self.model.stream_prompt(
             self.model.conversation_prompt(messages),
-            self.model.prepare(pictures),
+            self.model.prepare(sources),
             params,
             start_pos=len(self.cache),
             chunk_prefilling=self.chunk_prefilling,

@@ -105,8 +105,11 @@ class VisionLanguageModel(ABC):
     # ---- what all share ----
 
     def encode(self, medium: Medium) -> Tensor:
-        """Features (medium.length, d) of a medium."""
-        return self.project(self.tower_features(medium.pixels), medium)
+        """Features (medium.length, d) of a medium. Raises ShapeError if there are not as many."""
+        features = self.project(self.tower_features(medium.pixels), medium)
+        if len(features) != medium.length:
+            raise ShapeError(f"a medium of {medium.length} positions has {len(features)} features")
+        return features
 
     @property
     def config(self):
@@ -520,6 +523,13 @@ def _hooked(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
 
 
+def check_pixels(pixels: Tensor, size: int | Sequence[int]) -> None:
+    """Raise ShapeError for what are not (t, 3, h, w) pixels of that size, a side or (h, w)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if pixels.shape[1:] != (3, height, width) or not len(pixels):
+        raise ShapeError(f"expected (t, 3, {height}, {width}) pixels, got {tuple(pixels.shape)}")
+
+
 def check_stop_ids(ids: Collection[int]) -> None:
     if not isinstance(ids, Collection) or not all(type(i) is int for i in ids):
         raise GenParamsError(f"stop_token_ids must be a list of whole numbers, got {ids!r}")
@@ -564,6 +574,11 @@ def as_parts(parts: Sequence[Part] | str) -> tuple[Part, ...]:
             f"expected a text, or a list of pictures, clips and texts, got {type(parts).__name__}"
         )
     return tuple(parts)
+
+
+def sources_of(parts: Iterable[Part]) -> list[ImageSource | Video]:
+    """The pictures and clips among the parts."""
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def check_device(wanted: str | torch.device | None, own: torch.device) -> None:

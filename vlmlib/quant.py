@@ -29,7 +29,7 @@ from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
 from .errors import QuantizationError
 from .fusion import fuse
 from .int4 import Int4Config, Int4Linear, dequantize, grouped, linears_of, quantize
-from .model import Part, VisionLanguageModel
+from .model import Part, VisionLanguageModel, as_parts, sources_of
 from .streaming import stream
 
 SEARCHABLE = (LlamaModel, MistralModel, Qwen2Model)
@@ -143,11 +143,10 @@ def layer_inputs(
 
 def _answered(model: VisionLanguageModel, parts: Sequence[Part] | str) -> Tensor:
     """(1, n, d) input embeddings of a prompt and the model's own answer to it."""
-    parts = [parts] if isinstance(parts, str) else list(parts)
+    parts = as_parts(parts)
     chunks = stream(model, parts, n_predict=ANSWER_TOKENS, trace=0)
     said = [token.id for chunk in chunks for token in chunk.get("tokens", ())]
-    sources = [part for part in parts if not isinstance(part, str)]
-    ids, media = model.read(model.chat_prompt(parts), model.prepare(sources))
+    ids, media = model.read(model.chat_prompt(parts), model.prepare(sources_of(parts)))
     return fuse([*ids, *said], [model.encode(m) for m in media], model.embed)
 
 
