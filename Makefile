@@ -2,7 +2,8 @@
 # make test        set up and run everything: lint, unit tests, notebooks, browser
 # make train-tiny  train a small model again, or go on (MODEL=tiny-llava, tiny-nvila or
 #                  tiny-internvl; OUT=folder, default runs/MODEL)
-# make eval-tiny   its accuracy on 1,000 scenes it has never seen (MODEL as above)
+# make eval-tiny   accuracy on 1,000 scenes it has never seen, which its card then tells (MODEL as
+#                  above; CHECKPOINT=folder, default data/checkpoints/MODEL, the one that ships)
 # make notebooks   run every notebook, save its outputs and draw the map of the course
 # make clean       remove the environment
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= tiny-llava
 OUT    ?= runs/$(MODEL)
+CHECKPOINT ?= data/checkpoints/$(MODEL)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 BEFORE := tiny-internvl:tiny-llava tiny-nvila:tiny-internvl
@@ -44,7 +46,7 @@ train-tiny: $(VENV)/.lab
 	  $(if $(wildcard $(OUT).state.pt),--resume)
 
 eval-tiny: $(VENV)/.test
-	$(BIN)/python -m vlmlib.tiny.evaluate data/checkpoints/$(MODEL)
+	$(BIN)/python -m vlmlib.tiny.evaluate $(CHECKPOINT)
 
 notebooks: $(VENV)/.test
 	$(BIN)/python tools/run_notebooks.py

@@ -29,7 +29,7 @@ import vlmlib
 from vlmlib.sampling import Sampler
 
 GOLDEN = Path(__file__).parent / "golden"
-VECTORS = json.loads((GOLDEN / "vectors.json").read_text())
+VECTORS = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))
 TOKENIZERS = ("tokenizer_bos", "tokenizer_no_bos")
 CONTEXT = 96
 PICTURE = 28  # pixels a side: 2 x 2 patches
@@ -83,7 +83,7 @@ def fresh_tokenizer(name: str = "tokenizer_bos") -> PreTrainedTokenizerFast:
 
 
 def tiny_net(
-    tokenizer, seed: int = 0, tower: str = "clip", **text_changes
+    tokenizer, seed: int = 0, tower: str = "clip", text_class=LlamaConfig, **text_changes
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA, wild enough that its greedy answers differ from prompt to prompt."""
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -104,7 +104,7 @@ def tiny_net(
         vision_config=vision_class(
             **size, num_attention_heads=2, image_size=PICTURE, patch_size=PICTURE // 2
         ),
-        text_config=LlamaConfig(**text | text_changes),
+        text_config=text_class(**text | text_changes),
         image_token_id=len(tokenizer),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if tower == "clip" else "full",

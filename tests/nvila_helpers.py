@@ -72,7 +72,7 @@ def config(mode: str = "resize", projector: str = "mlp_downsample", **changes) -
 
 
 def processor() -> vlmlib.ImageProcessor:
-    return vlmlib.ImageProcessor(TILE, TILE, TILE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return vlmlib.ImageProcessor(None, TILE, TILE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def nvila(mode: str = "resize", projector: str = "mlp_downsample", seed: int = 0, **changes):

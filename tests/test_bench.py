@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_all_contenders_say_the_same_and_are_timed(model):
         assert step["bandwidth_share"] == pytest.approx(share)
     first = {name: times["median"] for name, times in result["stages"].items()}
     assert list(first) == ["preprocess", "vision", "prefill", "first token"]
-    assert result["second_turn"]["history"] >= 150
+    assert 150 <= result["second_turn"]["history"] < 150 + 30, "a sentence more at most"
     assert not result["failed"]
     assert any(bench.STREAMER in note for note in notes)
     assert json.loads(json.dumps(result)) == result
@@ -100,7 +101,7 @@ def test_whoever_says_something_else_is_found_out(model):
         return bench.Answer([1, 3], [0.0, 0.1, 0.2])
 
     with pytest.raises(RuntimeError, match=r"cheat says \[1, 3\], vlmlib says \[1, 2\]"):
-        bench.race({bench.FAST: honest, "cheat": other}, request, 1, lambda words: None)
+        bench.race({bench.FAST: honest, "cheat": other}, request, 1, CPU, lambda words: None)
 
 
 def test_who_cannot_run_is_named_with_the_reason(model):
@@ -109,11 +110,43 @@ def test_who_cannot_run_is_named_with_the_reason(model):
         bench.FAST: lambda request: bench.Answer([1, 2], [0.0, 1.0, 3.0]),
         "broken": lambda request: 1 / 0,
     }
-    samples, failed, _ = bench.race(entries, request, 2, lambda words: None)
+    samples, failed, _ = bench.race(entries, request, 2, CPU, lambda words: None)
     assert samples == {bench.FAST: [1.5, 1.5]}
     assert failed == {"broken": "ZeroDivisionError: division by zero"}
     with pytest.raises(ZeroDivisionError):
-        bench.race({bench.FAST: entries["broken"]}, request, 2, lambda words: None)
+        bench.race({bench.FAST: entries["broken"]}, request, 2, CPU, lambda words: None)
+
+
+def test_the_compiled_contender_compiles_its_steps(model, monkeypatch):
+    """With a compiler that leaves all as it is: the real one takes half a minute."""
+    steps = []
+
+    def compiled(function, **options):
+        def step(*args, **kwargs):
+            steps.append(options["fullgraph"])
+            return function(*args, **kwargs)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    request = bench.Request.of(model, draw(random_scene(0)), tokens=6)
+    entries = bench.contenders(model, compiled=True, int4=False)
+    ours, theirs = (entries[name](request).ids for name in (bench.FAST, bench.COMPILED))
+    assert ours == theirs and steps == [False] * 5, "all but the prompt"
+
+
+def test_memory_and_time_are_those_of_the_models_own_gpu(monkeypatch):
+    gpu, calls = torch.device("cuda", 1), MagicMock()
+    calls.memory_allocated.side_effect, calls.max_memory_allocated.side_effect = [5, 7], [9, 8]
+    names = "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "synchronize"
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, getattr(calls, name))
+    entries = dict.fromkeys((bench.FAST, "other"), lambda _: bench.Answer([1], [0.0, 1.0]))
+    _, _, peaks = bench.race(entries, None, 1, gpu, lambda words: None)
+    assert peaks == {bench.FAST: 4, "other": 1}
+    bench.seconds(lambda: None, gpu)
+    assert all(made in [getattr(call, name)(gpu) for name in names] for made in calls.mock_calls)
+    assert calls.synchronize.call_count == 2
 
 
 def test_bytes_of_a_step_by_hand(monkeypatch):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from helpers import noise, tiny_llava, tiny_llava_next, transcript
+from transformers import MistralConfig
 
-from vlmlib import Chat, ContextLengthError, PlaceholderError
+from vlmlib import CacheError, Chat, ContextLengthError, PlaceholderError
 
 TURNS = [
     [noise(40, 30, seed=0), "what is this?"],
@@ -18,12 +19,15 @@ ROOM = {"max_position_embeddings": 512}
 OPTIONS = {"n_predict": 9, "trace": 0, "stream_interval": 100}
 
 
-@pytest.fixture(scope="module", params=["llava-0", "llava-1", "llava_next-0"])
+WINDOW = {"text_class": MistralConfig, "sliding_window": 16}
+
+
+@pytest.fixture(scope="module", params=["llava-0", "llava-1", "llava_next-0", "mistral-0"])
 def model(request):
     name, seed = request.param.split("-")
-    if name == "llava":
-        return tiny_llava(seed=int(seed), **ROOM)
-    return tiny_llava_next(int(seed))
+    if name == "llava_next":
+        return tiny_llava_next(int(seed))
+    return tiny_llava(seed=int(seed), **ROOM, **(WINDOW if name == "mistral" else {}))
 
 
 def talk(chat, turns=TURNS):
@@ -117,6 +121,22 @@ def test_a_closed_stream_leaves_its_answer_so_far(model):
     fresh = Chat(model, chunk_prefilling=False)
     fresh.messages = list(chat.messages)
     assert talk(chat, TURNS[1:2])[0][0] == talk(fresh, TURNS[1:2])[0][0]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_questions_behind_one_turn_cannot_both_join(model, begun):
+    chat = Chat(model)
+    talk(chat, TURNS[:1])
+    one, two = chat.ask("and this?", n_predict=3), chat.ask("two blue squares?", n_predict=3)
+    if begun:
+        next(one)
+    list(two)
+    with pytest.raises(CacheError, match="changed since this question was asked"):
+        list(one)
+    assert [parts for role, parts in chat.messages[2:] if role == "user"] == [
+        ("two blue squares?",)
+    ]
+    talk(chat, TURNS[1:2])
 
 
 def test_a_turn_that_cannot_be_asked_leaves_nothing(model):

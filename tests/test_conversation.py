@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmlib import conv_templates
+from vlmlib import PromptError, conv_templates
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -30,6 +30,26 @@ def test_two_turns(name):
     conversation.append_message(assistant, None)
     assert conversation.get_prompt() == EXPECTED[name]
     assert conv_templates[name].messages == []
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("roles", [(0, 0), (1,), (0, 1, 1)], ids=str)
+def test_roles_take_turns_where_the_style_cannot_say_otherwise(name, roles):
+    conversation = conv_templates[name].copy()
+    for number in roles:
+        conversation.append_message(conversation.roles[number], "text")
+    if name == "chatml_direct":
+        written = [f"{conversation.roles[number]}text<|im_end|>" for number in roles]
+        assert conversation.get_prompt().endswith("<|im_end|>" + "".join(written))
+        return
+    with pytest.raises(PromptError, match=r"roles must take turns, 'USER' first, got \["):
+        conversation.get_prompt()
+
+
+def test_an_open_user_turn_says_nothing():
+    conversation = conv_templates["mistral_instruct"].copy()
+    conversation.append_message("USER", None)
+    assert conversation.get_prompt() == ""
 
 
 def test_all_of_them_are_here():

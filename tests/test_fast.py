@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 from dataclasses import replace
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
+from weakref import ref
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import vlmlib
 from vlmlib import CheckpointError, ContextLengthError, GenParams, NonFiniteLogitsError
 from vlmlib.cache import KVCache
-from vlmlib.decoding import decode
-from vlmlib.fast import FastDecoder
+from vlmlib.decoding import _Drawn, decode
+from vlmlib.fast import FastDecoder, record, side_stream
 from vlmlib.int4 import Int4Linear, linears_of
 from vlmlib.quant import quantize_llm, rounded
 from vlmlib.sampling import Sampler
@@ -230,7 +231,7 @@ def recorded(monkeypatch):
     """
     outs = []
 
-    def record(run):
+    def record(run, device):
         with torch.inference_mode(False), torch.no_grad():
             graph = make_fx(lambda _: run(), _allow_non_fake_inputs=True)(torch.zeros(1))
             out = torch.empty(0)
@@ -298,26 +299,85 @@ def test_recorded_steps_of_several_caches_do_not_mix(recorded):
 
 
 @torch.inference_mode()
-def test_a_graph_is_recorded_once_for_all_caches_of_a_size(recorded):
+def test_the_next_cache_of_a_size_needs_no_recording(recorded):
     net = language_model("qwen2", 2)
     decoder = FastDecoder(net)
     decoder.records_graphs = True
     whole = copy.deepcopy(net)
-    for n, graphs in [(9, 1), (30, 1), (250, 2), (200, 2), (300, 2)]:
+    for n, recordings in [(9, 1), (30, 1), (250, 2), (300, 2), (200, 3)]:
         cache, ids = prefilled(net, n)
         tokens = torch.arange(10)[None]
         ours = torch.cat([decoder(tokens[:, i : i + 1], cache) for i in range(10)])
         theirs = whole(torch.cat([ids, tokens], dim=1)).logits[0, n:]
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-        assert len(recorded) == len(decoder.graphs) == graphs
+        assert len(recorded) == recordings and len(decoder.graphs) == 1
         del cache
         gc.collect()
 
 
 @torch.inference_mode()
+def test_one_graph_at_most_outlives_its_cache(recorded):
+    """Each has as much memory as the cache."""
+    net = language_model()
+    decoder = FastDecoder(net)
+    decoder.records_graphs = True
+    token = torch.tensor([[1]])
+
+    def started(n):
+        cache, _ = prefilled(net, n)
+        decoder(token, cache)
+        return cache, ref(cache.past.layers[0].buffer)
+
+    def held(*buffers):
+        gc.collect()
+        return [buffer() is not None for buffer in buffers]
+
+    caches, buffers = zip(*(started(n) for n in (9, 300, 20)), strict=True)
+    assert held(*buffers) == [True] * 3
+    del caches
+    assert held(*buffers) == [False, False, True], "the last one"
+    longer, other = started(508)
+    assert held(*buffers, other) == [False, False, False, True]
+    while len(longer) <= 512:
+        decoder(token, longer)
+    assert held(other) == [False], "outgrown"
+
+
+def test_a_step_is_recorded_on_its_own_gpu(monkeypatch):
+    """Also if another one is the current GPU, or recorded first."""
+    calls, device = MagicMock(), torch.device("cuda", 1)
+    for name in ("CUDAGraph", "device", "graph", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(calls, name))
+    side_stream.cache_clear()
+    assert record(calls.run, device)() is calls.run.return_value
+    side_stream.cache_clear()
+    recording = "CUDAGraph device __enter__ Stream graph __enter__ run __exit__ __exit__ replay"
+    assert [name.rpartition(".")[2] for name, *_ in calls.mock_calls] == recording.split()
+    calls.device.assert_called_once_with(device)
+    calls.Stream.assert_called_once_with(device)
+    assert calls.graph.call_args.kwargs["stream"] is calls.Stream.return_value
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_drawn_id_is_waited_for_on_its_own_gpu(kind, monkeypatch):
+    """Where there is no event to wait for, the copy itself must wait."""
+    stream, token = MagicMock(), MagicMock(is_cuda=kind == "cuda", device=torch.device(kind, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    drawn = _Drawn(token, MagicMock(), None)
+    token.to.assert_called_once_with("cpu", non_blocking=kind == "cuda")
+    wait = stream.return_value.record_event.return_value.synchronize
+    assert not wait.called and drawn.read(0) == 1
+    if kind == "cuda":
+        stream.assert_called_once_with(token.device)
+        wait.assert_called_once_with()
+    else:
+        assert not stream.called
+
+
+@torch.inference_mode()
 def test_steps_and_draws_never_wait_for_the_device(monkeypatch):
     """Tensors on "meta" hold no data: whoever reads one gets an error."""
-    monkeypatch.setattr("vlmlib.fast.record", lambda run: run)
+    monkeypatch.setattr("vlmlib.fast.record", lambda run, device: run)
     net = language_model("qwen2", 2).to("meta")
     decoder, cache = FastDecoder(net), KVCache(net.config)
     decoder.records_graphs = True
@@ -383,6 +443,17 @@ def test_hooks_are_not_passed_by():
         assert answered(model, GREEDY) == ids and len(seen) == len(ids)
         seen.clear()
     assert model.fast_decoder() is not None
+
+
+def test_the_kind_of_step_is_chosen_when_an_answer_begins():
+    model, seen = tiny_llava(), []
+    ids = answered(model, GREEDY)
+    streams = [vlmlib.stream(model, PROMPTS[0], GREEDY, trace=0) for _ in range(2)]
+    hook = model.net.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    assert ids_of(streams[0]) == ids and len(seen) == len(ids)
+    hook.remove()
+    model.net.double()
+    assert ids_of(streams[1]) == ids
 
 
 def answered(model, params):
@@ -547,6 +618,15 @@ def test_a_step_ahead_is_lost_where_an_answer_ends(ahead):
     ahead()
     expected[1] = (end + 1, end + 1)
     assert [steps(*request) for request in requests] == expected
+
+
+def test_the_first_token_waits_for_no_step(ahead):
+    model = tiny_llava(seed=1)
+    ahead()
+    with patch.object(model, "step", wraps=model.step) as step:
+        stream = model.stream_prompt("USER: Hello ASSISTANT:", None, GREEDY)
+        steps = [step.call_count for _ in zip(stream, range(4), strict=False)]
+    assert steps == [0, 2, 3, 4]
 
 
 def test_a_stream_that_is_left_with_a_step_ahead_can_be_gone_on_from(ahead):

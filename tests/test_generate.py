@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import expanded_ids, pixels, tiny_llava
+from helpers import expanded_ids, ids_of, pixels, tiny_llava
+from test_quant import FAMILIES, in_all_families
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmlib import ContextLengthError, PlaceholderError, ShapeError
+from vlmlib import ContextLengthError, GenParams, PlaceholderError, ShapeError
 
 PROMPTS = ["<image>\nwhat is this? ASSISTANT:", "USER: <image> a red circle", "two blue squares"]
 
@@ -50,14 +51,15 @@ def test_ids_are_those_of_transformers(model, prompt, options):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_batch_equals_the_single_runs(model, side):
-    rows = [torch.tensor(model.prompt_ids(p)) for p in PROMPTS]
+@pytest.mark.parametrize("prompts", [PROMPTS, [*PROMPTS[2:], "Left or right? ASSISTANT:"]])
+def test_a_padded_batch_equals_the_single_runs(model, prompts, side):
+    rows = [torch.tensor(model.prompt_ids(p)) for p in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side=side)
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side=side)
     options = {"do_sample": False, "max_new_tokens": 8}
-    images = pixels(2, seed=3)
+    images = pixels(2, seed=3) if prompts is PROMPTS else None
     batch = model.generate(ids, images=images, attention_mask=mask, **options)
-    pictures = [images[:1], images[1:], None]
+    pictures = [None, None] if images is None else [images[:1], images[1:], None]
     for row, mine, picture in zip(batch, rows, pictures, strict=True):
         alone = model.generate(mine[None], images=picture, **options)[0]
         assert row[: len(alone)].tolist() == alone.tolist()
@@ -74,5 +76,25 @@ def test_wrong_numbers_are_named(model):
 @pytest.mark.parametrize("prompt", ["<image> " + "too long " * 60, "too long " * 60])
 def test_a_prompt_beyond_the_context_is_refused(model, prompt):
     ids = torch.tensor([model.prompt_ids(prompt)])
-    with pytest.raises(ContextLengthError, match="model_max_length is 96"):
+    with pytest.raises(ContextLengthError, match="model_max_length is 96$"):
         model.generate(ids, images=pixels(1) if "<image>" in prompt else None)
+
+
+@in_all_families
+def test_an_answer_ends_where_that_of_a_stream_does(family, monkeypatch):
+    model, prompt = FAMILIES[family](), "two blue squares"
+    params, options = GenParams.greedy(n_predict=12), {"do_sample": False, "max_new_tokens": 12}
+
+    def both():
+        ids = torch.tensor([model.prompt_ids(prompt)])
+        streamed = ids_of(model.stream_prompt(prompt, None, params, trace=0))
+        return streamed, model.generate(ids, **options)[0].tolist()
+
+    streamed, generated = both()
+    assert streamed == generated and len(streamed) == 12
+    end = next(i for i in range(2, 12) if streamed[i] not in streamed[:i])
+    monkeypatch.setattr(type(model), "stop_token_ids", [streamed[end]])
+    monkeypatch.setattr(model.net.generation_config, "eos_token_id", None)
+    assert both() == (streamed[: end + 1],) * 2
+    options["eos_token_id"] = streamed[1]
+    assert both()[1] == streamed[: streamed.index(streamed[1]) + 1], "unless it is said otherwise"

@@ -249,7 +249,7 @@ SAME = {
     "1": (filled("1", 1), (255,) * 3),
     "I;16": (sixteen_bit(0x80FF), (128,) * 3),
     "I;16, white": (sixteen_bit(65535), (255,) * 3),
-    "I;16, 8 bits used": (sixteen_bit(200), (200,) * 3),
+    "I;16, dark": (sixteen_bit(255), (0,) * 3),
     "I": (filled("I", 65535), (255,) * 3),
     "I, beyond 16 bits": (filled("I", 2**31 - 1), (255,) * 3),
     "I, negative": (filled("I", -5), (0,) * 3),
@@ -337,6 +337,95 @@ PICTURES = [
         )
     ),
 ]
+
+
+# ---- sizes ----
+
+SQUARES = torch.zeros(1, 16, 2)  # 4 x 4 features of two channels
+
+SIZES = [
+    bad(
+        "no pictures",
+        ImageError,
+        "at least one picture",
+        lambda p: vlmlib.process_images([], p.model().image_processor),
+    ),
+    good("no pictures in a prompt", [], lambda p: p.model("llava_next").prepare([])),
+    *(
+        bad(
+            f"{act.__name__} of a picture of {w} x {h}",
+            ShapeError,
+            f"at least 1 x 1 pixels, got {w} x {h}",
+            lambda p, act=act, w=w, h=h: act(w, h),
+        )
+        for w, h in ((0, 5), (5, 0), (-3, 5))
+        for act in (vlmlib.anyres_tokens, vlmlib.dynamic_tiles, vlmlib.dynamic_s2_tokens)
+    ),
+    *(
+        bad(
+            f"scales {scales}",
+            ShapeError,
+            "needs scales of 1 pixel or more, got",
+            lambda p, s=scales: vlmlib.dynamic_s2_preprocess(noise(9, 9), s, 12, 28),
+        )
+        for scales in ((), (0, 28), (-28, 28))
+    ),
+    *(
+        bad(f"{name} by {by}", ShapeError, words, lambda p, act=act, by=by: act(by))
+        for name, words, act in (
+            ("a board cut", "by 1 or more", lambda n: vlmlib.split_chessboard(SQUARES[None], n, 1)),
+            ("a board joined", "by 1 or more", lambda n: vlmlib.merge_chessboard(SQUARES, 1, n)),
+            ("features folded", "by 1 or more", lambda n: vlmlib.space_to_depth(SQUARES, n)),
+            (
+                "features shuffled",
+                "cannot be scaled by",
+                lambda n: vlmlib.pixel_shuffle(SQUARES.view(1, 4, 4, 2), n),
+            ),
+        )
+        for by in (0, -2)
+    ),
+    *(
+        bad(
+            f"features shuffled by {by}",
+            ShapeError,
+            f"cannot be scaled by {by}",
+            lambda p, by=by: vlmlib.pixel_shuffle(SQUARES.view(1, 4, 4, 2), by),
+        )
+        for by in (-0.5, 3, NAN, INF)
+    ),
+    *(
+        bad(
+            f"pixels of another size for {name}",
+            ShapeError,
+            r"expected \(t, 3, 28, 28\) pixels, got \(\d, 3, 14, 14\)",
+            act,
+        )
+        for name, act in {
+            "llava": lambda p: p.model().stream_prompt(ONE, small(1), GenParams()),
+            "transformers": lambda p: bare(p, image_tensor=small(1)),
+            "llava_next": lambda p: p.model("llava_next").sized(small(4), (28, 84)),
+            "internvl": lambda p: p.model("internvl").medium(small(1)),
+        }.items()
+    ),
+    bad(
+        "several scales for a model of one",
+        ShapeError,
+        r"needs scales of 1 pixel or more, got \[\]",
+        lambda p: p.model("nvila").as_media(
+            {"image": list(pixels(4))}, {"image": {"block_sizes": [(2, 2)]}}
+        ),
+    ),
+]
+
+
+def small(n: int) -> torch.Tensor:
+    return torch.zeros(n, 3, 14, 14)
+
+
+def bare(place: Place, family: str = "llava", **options):
+    """A stream of transformers' own model, opened and not read."""
+    model = place.model(family)
+    return vlmlib.LlavaStreamGenerator(model.net, model.tokenizer, ONE, 0, GenParams(), **options)
 
 
 # ---- videos ----
@@ -646,6 +735,38 @@ PROMPTS = [
         )
         for x in (None, 3, b"text", {"text": 1}, Path("a.png"), noise(3, 3))
     ),
+    *(
+        bad(
+            f"{type(x).__name__} for parts of {act.__name__}",
+            PromptError,
+            "expected a text, or a list",
+            lambda p, x=x, act=act: act(p.model("nvila"), x),
+        )
+        for x in (None, 3, Path("a.png"), noise(3, 3))
+        for act in (
+            vlmlib.NVILA.generate_content,
+            vlmlib.NVILA.benchmark,
+            lambda model, x: model.prepare_media([{"value": x}]),
+        )
+    ),
+    *(
+        bad(
+            f"a message that is {x!r}",
+            PromptError,
+            f"must have 'from' and 'value', got {got}",
+            lambda p, x=x: p.model("nvila").prepare_media([x]),
+        )
+        for x, got in (({}, r"\[\]"), ({"from": "human"}, r"\['from'\]"), ("Hi", "str"))
+    ),
+    *(
+        bad(
+            f"{type(x).__name__} for a text with pictures",
+            PromptError,
+            "must be a text, got",
+            lambda p, x=x: vlmlib.tokenizer_image_token(x, p.model().tokenizer),
+        )
+        for x in (None, 5, b"text")
+    ),
     bad("a part that is none", ImageError, "got NoneType", lambda p: asked(p, ["what", None])),
     bad("a list in a list", ImageError, "got list", lambda p: asked(p, [["what"]])),
     bad("a chat about nothing", PromptError, "got NoneType", lambda p: Chat(p.model()).ask(None)),
@@ -736,6 +857,15 @@ PARAMETERS = [
         )
         for name, values in IMPOSSIBLE.items()
         for value in values
+    ),
+    *(
+        bad(
+            f"repeats = {x!r}",
+            GenParamsError,
+            "^repeats must be a whole number >= 1",
+            lambda p, x=x: p.model("nvila").benchmark("Hi", repeats=x),
+        )
+        for x in (0, -1, 1.5, None)
     ),
     good("the largest seed", "length", without_end(temp=1.0, seed=2**63 - 1)),
     good(
@@ -888,6 +1018,12 @@ CACHES = [
         CacheError,
         "got DynamicCache",
         lambda p: kept(p, 0, used_cache(p).past),
+    ),
+    bad(
+        "a cache for transformers' own model",
+        CacheError,
+        "takes no cache",
+        lambda p: bare(p, image_tensor=pixels(), cache=p.model().new_cache()),
     ),
     bad(
         "another model's cache",
@@ -1059,6 +1195,12 @@ CHECKPOINTS = [
         put("pytorch_model.bin", pickled({"a": torch.zeros(1), "b": Trap()})),
         name="a pickle that runs a command",
         words="pytorch_model.bin: .*refused, because a pickle can run code",
+    ),
+    bad(
+        "a network of transformers that is no LLaVA-1.5",
+        CheckpointError,
+        "expected a vlmlib model or .* got LlavaNextForConditionalGeneration: load it with vlmlib",
+        lambda p: bare(p, "llava_next"),
     ),
     bad("a _target_ that is a command", CheckpointError, "_target_ 'os.system'", with_command),
     good("an auto_map that names code", True, with_code),
@@ -1340,12 +1482,19 @@ DEVICES = [
         )
         for x in ("float16", torch.int8, torch.complex64, torch.float8_e4m3fn, 3)
     ),
+    bad(
+        "dtype torch.int64 for an NVILA",
+        CheckpointError,
+        "dtype must be one of",
+        lambda p: vlmlib.NVILA.load_pretrained(p.folder, dtype=torch.int64),
+    ),
 ]
 
 TABLE = {
     f"{group}: {name}": row
     for group, rows in {
         "picture": PICTURES,
+        "size": SIZES,
         "video": VIDEOS,
         "prompt": PROMPTS,
         "parameter": PARAMETERS,
@@ -1376,7 +1525,7 @@ def test_hostile(name, tmp_path):
 
 
 def test_the_table_is_large_and_no_row_is_lost():
-    rows = (PICTURES, VIDEOS, PROMPTS, PARAMETERS, CACHES, CHECKPOINTS, DEVICES)
+    rows = (PICTURES, SIZES, VIDEOS, PROMPTS, PARAMETERS, CACHES, CHECKPOINTS, DEVICES)
     assert len(TABLE) == sum(map(len, rows)) > 100
 
 

@@ -12,6 +12,7 @@ import torch
 from helpers import noise
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vlmlib import (
     CheckpointError,
@@ -53,6 +54,39 @@ def test_same_pixels_as_transformers(edge, crop, size):
     y = theirs.preprocess(image, return_tensors="pt")["pixel_values"]
     assert x.shape == y.shape == (1, 3, crop, crop) and x.dtype == torch.float32
     assert (x - y).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_stretched_picture_has_the_pixels_of_transformers(size):
+    """SigLIP's: nothing is cut off, whatever the shape."""
+    ours = ImageProcessor(None, 28, 26, MEAN, STD)
+    theirs = SiglipImageProcessorPil(
+        size={"height": 28, "width": 26}, image_mean=MEAN, image_std=STD
+    )
+    x = ours.preprocess(image := noise(*size))["pixel_values"]
+    y = theirs.preprocess(image, return_tensors="pt")["pixel_values"]
+    assert x.shape == y.shape == (1, 3, 28, 26)
+    assert (x - y).abs().max() < 1e-5
+    assert ours.region(*size) == (0, 0, 1, 1)
+
+
+def test_a_square_is_stretched_as_it_is_cropped():
+    """Tiles of NVILA and InternVL, whichever way their file says it."""
+    tile = noise(28, 28)
+    assert torch.equal(
+        ImageProcessor(None, 28, 28, MEAN, STD).pixels(tile), processors(28, 28)[0].pixels(tile)
+    )
+
+
+def test_a_padded_picture_that_is_stretched():
+    padding = ImageProcessor(None, 28, 28, MEAN, STD, do_pad=True)
+    assert padding.region(60, 30) == processors_that_pad().region(60, 30) == (0, -0.5, 1, 1.5)
+    expected = pad_to_square(noise(60, 30), padding.background).resize((28, 28), padding.resample)
+    assert np.array_equal(padding.crop(noise(60, 30)), expected)
+
+
+def processors_that_pad() -> ImageProcessor:
+    return ImageProcessor(28, 28, 28, MEAN, STD, do_pad=True)
 
 
 def test_several_pictures_at_once():
@@ -110,7 +144,7 @@ def test_process_images_modes(whose):
 
 def test_do_pad_is_the_pad_mode():
     ours, _ = processors(28, 28)
-    padding = ImageProcessor(28, 28, 28, MEAN, STD, do_pad=True)
+    padding = processors_that_pad()
     x = process_images([noise(60, 30)], ours, SimpleNamespace(image_aspect_ratio="pad"))
     assert torch.equal(x, process_images([noise(60, 30)], padding))
 
@@ -208,6 +242,28 @@ def test_from_what_transformers_saves(tmp_path):
     ours, theirs = processors(40, 28)
     theirs.save_pretrained(tmp_path)
     assert ImageProcessor.from_folder(tmp_path) == ours
+    size = {"height": 28, "width": 26}
+    SiglipImageProcessorPil(size=size, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
+    assert ImageProcessor.from_folder(tmp_path) == ImageProcessor(None, 28, 26, MEAN, STD)
+
+
+@pytest.mark.parametrize("edge", [30, None], ids=["cropped", "stretched"])
+def test_what_is_written_is_read_again(tmp_path, edge):
+    """By transformers, too: the same pixels."""
+    ours = ImageProcessor(edge, 28, 26, MEAN, STD)
+    folder_with(tmp_path, ours.to_dict("CLIPImageProcessor"))
+    assert ImageProcessor.from_folder(tmp_path) == ours
+    theirs = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    y = theirs.preprocess(noise(64, 48), return_tensors="pt")["pixel_values"]
+    assert (ours.pixels(noise(64, 48)) - y[0]).abs().max() < 1e-5
+
+
+def test_a_crop_that_is_not_done_is_not_read(tmp_path):
+    stretched = CONFIG | {"size": {"height": 20, "width": 20}, "do_center_crop": False}
+    assert ImageProcessor.from_folder(folder_with(tmp_path, stretched)).crop_size == {
+        "height": 20,
+        "width": 20,
+    }
 
 
 @pytest.mark.parametrize(
@@ -221,6 +277,10 @@ def test_from_what_transformers_saves(tmp_path):
             "not a CLIP preprocessor.*image_std",
         ),
         (CONFIG | {"size": {}}, "not a CLIP preprocessor"),
+        (
+            CONFIG | {"size": {"height": 30, "width": 30}},
+            "size is {'height': 30, 'width': 30}, but crop_size is {'height': 28",
+        ),
         (CONFIG | {"image_mean": None}, "not a CLIP preprocessor"),
         (CONFIG | {"resample": "cubic"}, "not a CLIP preprocessor"),
         (CONFIG | {"resample": 99}, "99 is not a valid Resampling"),

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
+from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import vlmlib
@@ -52,7 +54,7 @@ from vlmlib import (
     VideoError,
     get_index,
 )
-from vlmlib.internvl import CHAT_TEMPLATES, IMAGENET_MEAN, IMAGENET_STD, place_media
+from vlmlib.internvl import CHAT_TEMPLATES, place_media
 
 TILE, PATCH = 28, 7  # 4 x 4 patches, folded into 4 positions
 TOKENS = 4
@@ -126,7 +128,7 @@ def tiny_internvl(seed: int = 0, **changes) -> InternVL:
 
 def their_processor() -> GotOcr2ImageProcessorPil:
     return GotOcr2ImageProcessorPil(
-        size={"height": TILE, "width": TILE}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+        size={"height": TILE, "width": TILE}, image_mean=MEAN, image_std=STD
     )
 
 
@@ -204,7 +206,7 @@ def test_load(model, saved):
     assert isinstance(model, InternVL) and model.family == "internvl"
     assert (model.image_size, model.tokens_per_tile) == (TILE, TOKENS)
     p = model.image_processor
-    assert (p.image_mean, p.image_std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert [p.image_mean, p.image_std] == [tuple(MEAN), tuple(STD)]
     assert (p.min_patches, p.max_patches) == (1, 12)
     assert "InternVL(" in repr(model) and f"context {CONTEXT}" in repr(model)
     half = vlmlib.load(saved / "0", device="cpu", dtype=torch.bfloat16)
@@ -219,9 +221,9 @@ PUBLISHED = {  # the fields of the -hf checkpoints; cutting into tiles is the pr
     "do_normalize": True,
     "do_rescale": True,
     "do_resize": True,
-    "image_mean": list(IMAGENET_MEAN),
+    "image_mean": MEAN,
     "image_processor_type": "GotOcr2ImageProcessorFast",
-    "image_std": list(IMAGENET_STD),
+    "image_std": STD,
     "max_patches": 4,
     "min_patches": 2,
     "resample": 3,
@@ -600,7 +602,7 @@ def test_template_takes_plain_text_too(model):
 
 def greys(medium: Medium) -> list[int]:
     """Of every frame, which one of the clip it is."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     frames = (medium.pixels * std + mean) * 255
     return [round((f.mean().item() - 10) / 20) for f in frames]
 

@@ -113,7 +113,7 @@ def test_pickled_weights(folder, saved):
 
 def test_a_chat_template_in_a_file_of_its_own(folder, saved):
     """Where the processors of older checkpoints have it."""
-    template = (folder / "chat_template.jinja").read_text()
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     prompts = [vlmlib.load(f, device="cpu").chat_prompt(["What?"]) for f in (folder, saved)]

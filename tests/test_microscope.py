@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+import numpy as np
 import nvila_helpers
 import pytest
 import torch
 from helpers import noise, pixels, tiny_llava, tiny_llava_next, tiny_processor
+from PIL import Image
 from test_internvl import tiny_internvl
 
 from vlmlib import IMAGE_TOKEN_INDEX, ImageProcessor, ShapeError, Video
@@ -46,6 +50,19 @@ def test_the_fast_kernels_are_put_back(model):
     assert decoder.config._attn_implementation == before != "eager"
 
 
+def test_the_tower_is_asked_once_for_each_picture():
+    model = tiny_llava()
+    media = model.as_media(pixels(2))
+    with patch.object(model, "tower_features", wraps=model.tower_features) as tower:
+        first, again = (attention(model, PROMPT, media) for _ in range(2))
+    assert tower.call_count == 2 and torch.equal(first, again)
+
+
+def test_the_only_position_looks_at_itself(model):
+    assert len(model.prompt_ids("")) == 1
+    assert torch.equal(attention(model, ""), torch.ones(2, 4, 1))
+
+
 def test_weights_of_the_pictures(model):
     media = model.as_media(pixels(2))
     n = len(model.prompt_ids(PROMPT)) - 2 + 8
@@ -58,14 +75,21 @@ def test_weights_of_the_pictures(model):
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (28, 28), (90, 31)])
 @pytest.mark.parametrize("pad", [False, True])
 def test_region_is_what_the_crop_shows(size, pad):
-    """Paint the picture's edges of the region: they are the edges of the crop."""
+    """A picture whose colours tell where they are: the crop has those of the region, as far as
+    whole colours can tell and half a pixel cannot be cut.
+    """
     plain = tiny_processor()
     processor = ImageProcessor(28, 28, 28, plain.image_mean, plain.image_std, do_pad=pad)
+    x, y = ((np.arange(side) + 0.5) / side for side in size)
+    ramps = np.stack([*np.broadcast_arrays(x, y[:, None]), np.zeros(size[::-1])], axis=-1)
+    crop = np.asarray(processor.crop(Image.fromarray((255 * ramps).round().astype(np.uint8)))) / 255
     left, top, right, bottom = processor.region(*size)
-    assert ((left + right) / 2, (top + bottom) / 2) == (0.5, 0.5)
-    pixel = (right - left) * size[0] / 28, (bottom - top) * size[1] / 28
-    assert pixel[0] == pytest.approx(pixel[1])
-    assert pixel[0] == pytest.approx((max if pad else min)(size) / 28)
+    middles = (np.arange(28) + 0.5) / 28
+    x, y = left + middles * (right - left), top + middles * (bottom - top)
+    inside = np.ix_(*(np.flatnonzero((at > 0.1) & (at < 0.9)) for at in (y, x)))
+    off = np.abs(crop[..., :2] - np.stack(np.broadcast_arrays(x, y[:, None]), axis=-1))[inside]
+    pixel = np.array([right - left, bottom - top]) / 28
+    assert ((off - 1 / 255) / pixel).max() < 0.6 and len(inside[0]) > 6
 
 
 # ---- where positions lie ----

@@ -24,7 +24,17 @@ from helpers import (
     watch_seen_ids,
     without_times,
 )
-from nvila_helpers import CONTEXT, MODES, PROJECTORS, TILE, TSP, nvila, shared, tokenizer
+from nvila_helpers import (
+    CONTEXT,
+    MODES,
+    PROJECTORS,
+    TILE,
+    TSP,
+    config,
+    nvila,
+    shared,
+    tokenizer,
+)
 from transformers import GenerationConfig, SiglipVisionModel
 
 import vlmlib
@@ -109,7 +119,7 @@ def stub_of(case, tensors, by_tower: bool = True) -> Stub:
 @pytest.mark.parametrize("by_tower", [True, False], ids=["tower", "config"])
 @pytest.mark.parametrize("case", VECTORS["encode_images_dynamic_s2"])
 def test_golden_encode_images(case, by_tower, golden_tensors):
-    blocks = [b and tuple(b) for b in case["block_sizes"]]
+    blocks = case["block_sizes"]
     images = torch.zeros(case["tower_rows"], 3, 4, 4)
     found = stub_of(case, golden_tensors, by_tower).encode_images(images, blocks)
     assert isinstance(found, list)
@@ -127,7 +137,7 @@ def test_golden_merge_features(case, golden_tensors):
 
     tower.scales = case["scales"]
     tower.resize_output_to_scale_idx = case["resize_output_to_scale_idx"]
-    blocks = [b and tuple(b) for b in case["block_sizes"]]
+    blocks = case["block_sizes"]
     maps, new = Stub(tower, None).merge_features_for_dynamic_s2(golden_tensors[case["x"]], blocks)
     assert [tuple(b) for b in new] == [tuple(b) for b in case["new_block_sizes"]]
     for found, name in zip(maps, case["out"], strict=True):
@@ -543,7 +553,8 @@ def test_prepare_media():
     assert config == {"image": {"block_sizes": [(3, 4)]}, "video": {}}
     assert torch.equal(torch.stack(media["image"]), first.pixels)
     assert torch.equal(media["video"][0], second.pixels)
-    assert [m.key for m in model.as_media(media, config)] == [first.key, second.key]
+    for read in (config, json.loads(json.dumps(config))):
+        assert [m.key for m in model.as_media(media, read)] == [first.key, second.key]
     several = shared("dynamic_s2").prepare_media(
         [{"from": "human", "value": [picture]}, {"from": "human", "value": [picture]}]
     )
@@ -781,7 +792,7 @@ def test_embed_limits():
 def test_media_that_are_none():
     model, s2 = shared(), shared("dynamic_s2")
     for media, words in [
-        ({"sound": []}, r"under \['image', 'video'\], got \['sound'\]"),
+        ({"sound": []}, r"under 'image' and 'video', got \['sound'\]"),
         ({"image": [torch.zeros(28, 28)]}, r"expected \(3, h, w\)"),
         ({"image": [torch.zeros(2, 3, 28, 28)]}, "2 tiles, but a picture with block None has 1"),
         ({"image": [torch.zeros(3, 28, 21)]}, "of squares"),
@@ -793,6 +804,22 @@ def test_media_that_are_none():
         s2.as_media({"image": list(pixels(3))}, {"image": {"block_sizes": [(3, 4)]}})
     with pytest.raises(ValueError, match="two names for one thing"):
         NVILAStreamGenerator(model, GREEDY, "<image>", pixels(), image_tensor=pixels())
+
+
+def test_features_are_as_many_as_the_medium_says():
+    medium = vlmlib.Medium(pixels(), 3)
+    with pytest.raises(ShapeError, match="a medium of 3 positions has 5 features"):
+        next(shared().stream_prompt("<image>", [medium], GREEDY))
+
+
+def test_two_models_of_one_configuration():
+    """Each has a copy, which tells what its own parts are."""
+    settings = config()
+    one = vlmlib.NVILA(settings, tokenizer(), shared().image_processor)
+    linear = shared("resize", "linear").mm_projector
+    other = vlmlib.NVILA(settings, tokenizer(), shared().image_processor, mm_projector=linear)
+    kinds = [model.config.mm_projector_cfg["mm_projector_type"] for model in (one, other)]
+    assert kinds == ["mlp_downsample", "linear"] and settings == config()
 
 
 # ---- streams ----
@@ -961,8 +988,13 @@ def test_generate_content_takes_one_text():
         model.generate_content("x" * CONTEXT * 2, GenerationConfig(do_sample=True))
 
 
-def test_benchmark():
+def test_benchmark(monkeypatch):
+    calls, forward = [], SiglipTower.forward
+    monkeypatch.setattr(
+        SiglipTower, "forward", lambda tower, x: calls.append(1) or forward(tower, x)
+    )
     found = shared("dynamic").benchmark(PARTS[1], repeats=2, n_predict=4)
+    assert len(calls) == 2 * (9 + 9), "each time for itself, and for each stream's first token"
     assert set(found) == {"prompt_tokens", "encode_time", "context_time", "step_time"}
     assert (
         found["prompt_tokens"]

@@ -83,6 +83,17 @@ def test_round_trip(mode, projector, tmp_path):
     assert vlmlib.answer(again, PARTS, n_predict=6) == expected
 
 
+@pytest.mark.parametrize("named", [None, "qwen2"])
+def test_a_chat_template_of_ones_own_is_kept(named, tmp_path):
+    """Whatever the configuration and the tokenizer say; both stay as they are."""
+    model = nvila(chat_template=named)
+    model.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    model.save_pretrained(tmp_path)
+    assert model.config.chat_template == named and not model.tokenizer.chat_template
+    again = vlmlib.load(tmp_path, device="cpu")
+    assert again.chat_prompt(["Hi"]) == model.chat_prompt(["Hi"]) == "user: Hi "
+
+
 def test_the_published_layout(saved):
     top = read_json(saved / "config.json")
     assert top["model_type"] == "llava_llama" and top["s2_scales"] == "28,56,84"

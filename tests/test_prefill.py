@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import expanded_ids, ids_of, noise, tiny_llava
 from test_quant import FAMILIES, GREEDY, PROMPTS, in_all_families, logits
 
@@ -53,6 +54,25 @@ def test_no_layer_sees_more_than_a_piece(family):
     layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     assert [say(model), say(model, question="Left or right? " * 3)] == answers
     assert max(lengths) == 7 and lengths.count(7) > 2
+
+
+@in_all_families
+def test_all_attention_is_torch_s_own(family, monkeypatch):
+    """Of tower and language model, none by a matrix of scores that is written out."""
+    model, calls = FAMILIES[family](), []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **kw: calls.append(args) or fused(*args, **kw),
+    )
+    model.turn(*_asked(model)).prefill()
+    layers = [m for m in model.whole_net.modules() if type(m).__name__.endswith("Attention")]
+    assert len(calls) == len(layers) > 2
+
+
+def _asked(model):
+    return model.chat_prompt([PICTURE, "What is this?"]), model.prepare([PICTURE])
 
 
 def test_a_second_turn_is_fed_in_pieces_too():
@@ -130,6 +150,27 @@ def test_hooks_are_called_every_time(seen):
     hook.remove()
     say(model)
     assert len(calls) == 3 and len(sizes) == 4
+
+
+def test_hooks_of_a_wrapper_are_called_every_time():
+    model, calls = FAMILIES["nvila"](), []
+    say(model)
+    model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        say(model)
+    assert len(calls) == 2
+
+
+@in_all_families
+def test_changed_embeddings_see_again(family):
+    """NVILA writes a line break behind a picture."""
+    model = FAMILIES[family]()
+    before = logits(model)
+    with torch.no_grad():
+        model.net.get_input_embeddings().weight.mul_(2)
+    after = logits(model)
+    model.feature_cache.clear()
+    assert torch.equal(after, logits(model)) and not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("chunk", [2048, 5])

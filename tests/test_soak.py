@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,13 @@ def soak(monkeypatch):
     import soak
 
     return soak
+
+
+def test_a_mistake_that_is_no_error_ends_it(soak):
+    """What `err` does must raise one of vlmlib's errors: here it chooses what does nothing."""
+    user = SimpleNamespace(rng=SimpleNamespace(choice=lambda mistakes: lambda: None))
+    with pytest.raises(AssertionError, match="must fail"):
+        soak.User.err(user)
 
 
 @pytest.mark.soak

@@ -20,7 +20,7 @@ from transformers import (
 
 import vlmlib
 from vlmlib import IMAGE_TOKEN_INDEX, Video
-from vlmlib.tiny import data, train
+from vlmlib.tiny import data, evaluate, train
 from vlmlib.tiny.clips import frames, random_clip
 from vlmlib.tiny.data import (
     CHARACTERS,
@@ -484,6 +484,68 @@ def test_every_sequence_of_a_step_is_in_one_process_only():
     assert lengths[0] == sorted(lengths[1] + lengths[2])
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run that stopped: a model begun with another one, its log and its state."""
+    out = tmp_path_factory.mktemp("run") / "mine"
+    out.mkdir()
+    trainer = Trainer(Recipe("tiny-internvl", steps=9, look_steps=2, batch_size=2))
+    save_state(trainer, out.with_name("mine.state.pt"))
+    first = {"start": 0, "started_from": "data/checkpoints/tiny-llava"}
+    (out / "training_log.jsonl").write_text(json.dumps(first) + "\n")
+    return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--model tiny-internvl --start data/checkpoints/tiny-llava",
+        "--start ./data/checkpoints/tiny-llava/ --steps 12 --batch-size 2 --compile",
+    ],
+)
+def test_a_run_is_resumed_by_what_it_was_begun_with(begun, options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train", seen.append)
+    train.main(["--out", str(begun), "--resume", "--processes", "1", *options.split()])
+    assert seen[0].resume
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--model tiny-llava", "another --model;"),
+        ("--start data/checkpoints/tiny-internvl", "another --start;"),
+        ("--batch-size 3 --steps 12 --muon-rate 0.5", "another --batch-size, --muon-rate;"),
+    ],
+)
+def test_what_a_resumed_run_would_not_obey_is_an_error(begun, options, named, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(begun), "--resume", *options.split()])
+    assert f"mine.state.pt was begun with {named}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([4.0, 1.9], None),
+        ([4.0, 2.1], "the loss fell from 4.00 to 2.10 only"),
+        ([], "no answer was learnt from"),
+    ],
+)
+def test_a_run_against_the_clock_may_look_first(losses, words, tmp_path, monkeypatch):
+    """It fails unless the loss of the answers halves, from where that begins."""
+    entries = [{"step": 1, "patch_loss": 9.0}, *({"step": 2, "loss": loss} for loss in losses)]
+    monkeypatch.setattr(train, "run", lambda trainer, report, *_, **__: list(map(report, entries)))
+    command = "--minutes 1 --steps 9 --look-steps 1 --processes 1"
+    arguments = ["--out", str(tmp_path / "out"), *command.split()]
+    if words is None:
+        train.main(arguments)
+        return
+    with pytest.raises(SystemExit, match=words):
+        train.main(arguments)
+
+
 def test_a_missing_state_is_an_error_in_words(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         load_trainer(tmp_path / "none.pt")
@@ -686,10 +748,16 @@ def test_all_is_measured_and_in_the_card(name, folders, monkeypatch):
     assert numbers["print"]["without_detail"].keys() == numbers["print"]["kinds"].keys()
     assert numbers["print"]["chance"].keys() == numbers["print"]["kinds"].keys()
     assert len(numbers["print"]["attention_hits"]) == 4
+    assert numbers["print"]["attention_pictures"] == 1
     card = model_card(folders / name, model, numbers, "the command", 56)
     for word in ("**Small print**", "**Clips**", "without detail", "visual tokens", "# " + name):
         assert word in card
     json.dumps(numbers)
+
+
+def test_folders_of_one_name_are_not_measured_together(tmp_path):
+    with pytest.raises(SystemExit, match="two folders have the name tiny: measure them one by one"):
+        evaluate.main([str(tmp_path / "a" / "tiny"), str(tmp_path / "b" / "tiny")])
 
 
 def test_chance_is_one_in_as_many_as_there_are():
@@ -705,7 +773,7 @@ def test_the_card_tells_the_run_from_its_log(folders):
     recipe = {"steps": 9, "seed": 0, "batch_size": 32, "asked": 6, "look_steps": 2}
     start = {"recipe": recipe, "machine": "a laptop", "mix": {"where": 1}}
     entries = [
-        {"start": 0, **start, "started_from": "data/first"},
+        {"start": 0, **start, "started_from": "data/first", "compile": True},
         {"step": 4, "seconds": 60.0, "loss": 3.0},
         {"start": 4, **start, "mix": {"where": 2}},
         {"step": 9, "seconds": 120.0, "loss": 0.5},
@@ -718,6 +786,9 @@ def test_the_card_tells_the_run_from_its_log(folders):
     assert "| Scenes: exist | 1 | 0.0% | 0.0% |" in table({"one": numbers, "two": numbers})
     card = model_card(folders / "tiny-llava", shared("tiny-llava"), numbers, "the command", 112)
     log.unlink()
+    command = "python -m vlmlib.tiny.train --model tiny-llava --out DIR --steps 9 --look-steps 2"
+    assert f"{command} --asked 6 --start data/first --compile\n" in card
+    assert f"{command} --asked 6 --resume  # from step 4\n" in card, "of older runs it is not said"
     assert "in 3 minutes on a laptop" in card and "3.00 when that began, 0.5000" in card
     assert "changed at step 4" in card and "| Scenes: exist | 1 | 0.0% |" in card
     assert "Begun with the weights of `data/first`" in card

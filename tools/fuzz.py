@@ -3,8 +3,8 @@
 Files that are right are changed in random places: bytes of pictures and clips, values and bytes of
 a checkpoint's JSON files, and the headers of its weights. Whatever they are then, they must load
 and answer, or raise an error of vlmlib's, in HANG seconds and without growing. Anything else is a
-finding, and is kept under runs/fuzz to be tried again (`--again PLACE ...`); with findings the exit
-status is 1.
+finding, and is kept under runs/fuzz, also by later runs, to be tried again (`--again
+runs/fuzz/finding-1 ...`); with findings the exit status is 1.
 
 A crash of a library's C code ends the process; the case that did it is the one in runs/fuzz/now.
 """
@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 
@@ -51,6 +52,7 @@ HEAD = 3000
 """Bytes of a file of weights that are changed: its header, and not only numbers."""
 
 RUNS = ROOT / "runs" / "fuzz"
+TRACE = "traceback.txt"
 
 
 # ---- files that are right ----
@@ -257,7 +259,8 @@ def outcome(act: Callable[[], None]) -> tuple[str, str]:
 
 def fuzz(minutes: float, seed: int, kinds: list[str]) -> int:
     """Number of findings."""
-    shutil.rmtree(RUNS, ignore_errors=True)
+    for begun in ("now", "seeds"):
+        shutil.rmtree(RUNS / begun, ignore_errors=True)
     (RUNS / "now").mkdir(parents=True)
     made = cases(RUNS / "seeds")
     kinds = kinds or list(made)
@@ -279,10 +282,13 @@ def fuzz(minutes: float, seed: int, kinds: list[str]) -> int:
         where = "\n".join(trace.strip().splitlines()[-3:])
         if trace and where not in seen:
             seen.add(where)
-            kept = (RUNS / "now").rename(RUNS / f"finding-{number}")
+            free = (RUNS / f"finding-{i}" for i in count(1))
+            kept = (RUNS / "now").rename(next(place for place in free if not place.exists()))
             (RUNS / "now").mkdir()
-            (kept / "traceback.txt").write_text(trace)
-            print(f"finding {number}: {kind}, {path.name}: {found}\n{where}\n", flush=True)
+            (kept / TRACE).write_text(trace)
+            print(
+                f"{kept.name}, case {number}: {kind}, {path.name}: {found}\n{where}\n", flush=True
+            )
     grown = psutil.Process().memory_info().rss - first
     for kind, counter in counts.items():
         words = ", ".join(f"{name} {n}" for name, n in counter.most_common())
@@ -294,6 +300,9 @@ def fuzz(minutes: float, seed: int, kinds: list[str]) -> int:
 
 
 def again(path: Path) -> int:
+    """Whether a file or a checkpoint's folder, or what a finding has kept of one, is a finding."""
+    if (path / TRACE).exists():
+        (path,) = (kept for kept in path.iterdir() if kept.name != TRACE)
     if path.is_dir():
         act = lambda: load_and_answer(path)  # noqa: E731
     else:

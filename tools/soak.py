@@ -172,14 +172,16 @@ class User:
 
     def err(self) -> None:
         """Something that must fail, and leave nothing behind."""
-        self.rng.choice(
+        fails = self.rng.choice(
             (
                 lambda: vlmlib.load_image(self.rng.randbytes(1000)),
                 lambda: self.model.stream_prompt("<image>" * 3, None, self.params()),
                 lambda: vlmlib.stream(self.model, "x " * 5000),
                 lambda: vlmlib.stream(self.model, [self.picture(), "\ud83d"]),
             )
-        )()
+        )
+        fails()
+        raise AssertionError("what must fail did not")
 
 
 def soak(minutes: float, seed: int = 0) -> Soak:

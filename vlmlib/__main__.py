@@ -15,7 +15,7 @@ import torch
 
 from . import DATA, GenParams, TimeStats, Video, load, shipped_models, stream, stream_output
 from .checkpoint import told
-from .errors import VlmError
+from .errors import PromptError, VlmError
 
 EXAMPLES = f"""examples:
   python -m vlmlib data/images/three-shapes.png "What is left of the red circle?"
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _run(args)
-    except (VlmError, ValueError) as e:
+    except VlmError as e:
         print(f"vlmlib: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     *files, question = args.inputs
     if not files and Path(question).is_file():
-        raise ValueError(f"{question} is a file, and no question follows it")
+        raise PromptError(f"{question} is a file, and no question follows it")
     sources = [Video(f, args.frames) if _is_clip(f) else Path(f) for f in files]
     params = GenParams(
         temp=args.temp,

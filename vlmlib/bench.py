@@ -288,7 +288,8 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """How long something takes, until the device has done it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    is_cuda = device.type == "cuda"
+    wait = partial(torch.cuda.synchronize, device) if is_cuda else (lambda: None)
     wait()
     start = perf_counter()
     work()
@@ -320,10 +321,15 @@ def bytes_per_step(model: VisionLanguageModel, positions: int) -> int:
 
 
 def race(
-    entries: Mapping[str, Contender], request: Request, repeats: int, progress: Progress
+    entries: Mapping[str, Contender],
+    request: Request,
+    repeats: int,
+    device: torch.device,
+    progress: Progress,
 ) -> tuple[dict[str, list[float]], dict[str, str], dict[str, int]]:
     """Let all answer in turns, each one first once: seconds per token of each, why some could not
-    run, and the most GPU memory that each held.
+    run, and on a GPU the most memory that each took, beside all weights and whatever else was there
+    before it.
 
     Raises RuntimeError if two do not say the same.
     """
@@ -333,8 +339,9 @@ def race(
     expected = None
     for name, contender in entries.items():  # warm up, compile, compare
         progress(f"{name}: warm-up")
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             answer = contender(request)
             contender(request)
@@ -347,8 +354,8 @@ def race(
         if name != INT4 and answer.ids != expected:
             raise RuntimeError(f"{name} says {answer.ids}, {FAST} says {expected}")
         samples[name] = []
-        if torch.cuda.is_available():
-            peaks[name] = torch.cuda.max_memory_allocated()
+        if device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(device) - before
     for i in range(repeats):
         names = list(samples)
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -386,15 +393,15 @@ def stages(
 def second_turn(
     model: VisionLanguageModel, picture: Image.Image, history: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds to the first token of a second question, behind so many positions or more: with the
-    cache of the first turn, and with everything fed again.
+    """Seconds to the first token of a second question, behind so many positions or a few more (the
+    picture's included): with the cache of the first turn, and with everything fed again.
     """
     params = GenParams.greedy(n_predict=1)
-    said = FILLER
-    while len(model.prompt_ids(model.chat_prompt([picture, said]))) < history:
+    media, cache, said = model.prepare([picture]), model.new_cache(), FILLER
+    visual = sum(m.length - 1 for m in media)
+    while visual + len(model.prompt_ids(model.chat_prompt([picture, said]))) < history:
         said += FILLER
     first: list = [("user", [picture, said]), ("assistant", ["Yes."])]
-    media, cache = model.prepare([picture]), model.new_cache()
     before = model.conversation_prompt(first[:1])
     prompt = model.conversation_prompt([*first, ("user", [QUESTION])])
 
@@ -431,7 +438,7 @@ def measure(
 
     tokens    length of the answer; it does not end before
     repeats   how often each contender answers, besides two times to warm up
-    history   positions of the first turn, at most half of the context
+    history   positions of the first turn, picture included, but at most half of the context
     compiled  whether transformers with static cache and `torch.compile` is among them
     int4      whether four-bit weights are; the memory must hold both
     progress  told what is done
@@ -448,7 +455,7 @@ def measure(
     progress("second turn")
     later = second_turn(model, picture, min(history, model.context_len // 2), repeats)
     entries = contenders(model, compiled, int4)
-    samples, failed, peaks = race(entries, request, repeats, progress)
+    samples, failed, peaks = race(entries, request, repeats, device, progress)
     steps = {}
     for name, times in samples.items():
         of = entries[name].keywords["model"]
@@ -488,7 +495,7 @@ def machine(device: torch.device) -> str:
 
 def _processor_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -516,7 +523,7 @@ def table(result: Mapping[str, Any]) -> str:
         if rival and name != STREAMER:
             words.insert(0, f"{rival['median'] / step['median']:.2f} x {STREAMER}")
         if "peak_memory" in step:
-            words.append(f"at most {step['peak_memory'] / 1e9:.1f} GB")
+            words.append(f"{step['peak_memory'] / 1e9:.2f} GB beside the weights")
         rows.append(_row(f"a token, {name}", step, ", ".join(words)))
     turn = result["second_turn"]
     ratio = turn["fed again"]["median"] / turn["kept"]["median"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import CacheError
 
@@ -23,6 +23,9 @@ class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, in a buffer that doubles when it is full: a new position is
     written into its place, where a DynamicLayer copies all positions. Gradients flow to what is fed
     at once, and to nothing that was cached before.
+
+    It also serves layers with a sliding window, which is the mask's business: what lies behind the
+    window stays, so that a turn may be cropped to any length.
 
     buffer        (2, b, k, room, e): keys and values; what was never written is zero. The room is a
                   power of two, so that few sizes occur.
@@ -72,6 +75,12 @@ class GrowingLayer(DynamicLayer):
             new[:, :, :, :room] = self.buffer
         self.buffer = new
 
+    def reorder_cache(self, *_) -> None:
+        """Raises CacheError: rows of a batch, as beams are, need a cache of transformers."""
+        raise CacheError("a KVCache holds one sequence: its rows cannot be chosen or repeated")
+
+    batch_select_indices = batch_repeat_interleave = reorder_cache
+
 
 class KVCache:
     """transformers' cache plus `content`, one entry a position.
@@ -83,7 +92,7 @@ class KVCache:
 
     def __init__(self, config: PreTrainedConfig):
         self.past = DynamicCache(config=config.get_text_config(decoder=True))
-        if all(type(layer) is DynamicLayer for layer in self.past.layers):
+        if {*map(type, self.past.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}:
             self.past.layers = [GrowingLayer() for _ in self.past.layers]
         self._content: list[Hashable] = []
         self._unread: list[Tensor] = []
@@ -113,19 +122,29 @@ class KVCache:
 
     def common_prefix(self, content: Sequence[Hashable]) -> int:
         """How many positions from the start are the same here and in `content`."""
-        pairs = enumerate(zip(self.content, content, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self), len(content)))
+        return common_prefix(self.content, content)
 
     def keep(self, n: int) -> None:
-        """Forget everything behind the first `n` positions."""
+        """Forget everything behind the first `n` positions, and what a layer has got of a step that
+        was broken off before it reached them all.
+        """
         if not 0 <= n <= len(self):
             raise CacheError(
                 f"start_pos {n} is outside of the cache, which holds {len(self)} positions"
             )
-        if (surplus := int(self.past.get_seq_length()) - n) > 0:
-            self.past.crop(-surplus)
-        if n < len(self):
+        if n < len(self):  # first, so that no layer ever has fewer positions than this tells
             del self.content[n:]
+        layers, of_all = self.past.layers, self.past.get_seq_length  # linear attention counts none
+        lengths = [getattr(layer, "get_seq_length", of_all)() for layer in layers]
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > n:
+                layer.crop(n - length)
+
+
+def common_prefix(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """How many entries from the start are the same in both."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 class FeatureCache:

@@ -8,10 +8,12 @@ can go stale: an edited turn or another picture differs, and everything behind i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from .decoding import Chunk
-from .model import Part, VisionLanguageModel, as_parts
+from .errors import CacheError
+from .model import Part, VisionLanguageModel, as_parts, sources_of
 from .sampling import GenParams
 
 Message = tuple[str, tuple[Part, ...]]
@@ -26,7 +28,8 @@ class Chat:
         for chunk in chat.ask("Where is the red one?"):
             ...
 
-    messages          (role, parts) of all turns; change it as you like, the next turn obeys
+    messages          (role, parts) of all turns; change it as you like, the next turn obeys, but
+                      not between a question and the end of its answer
     chunk_prefilling  feed only what is new; False feeds the whole transcript every turn
     """
 
@@ -48,14 +51,15 @@ class Chat:
         """Stream the answer to the next user turn; parameters as in `vlmlib.stream`.
 
         The turn joins the conversation when its stream ends. A stream that is closed early leaves
-        the answer as far as it came.
+        the answer as far as it came. Raises CacheError where it is read, and begins or ends, if
+        `messages` is not what it was at the call.
         """
         params = GenParams.greedy_unless(gen_params, **changes)
         messages = [*self.messages, ("user", as_parts(parts))]
-        pictures = [p for _, said in messages for p in said if not isinstance(p, str)]
+        sources = sources_of(chain.from_iterable(said for _, said in messages))
         chunks = self.model.stream_prompt(
             self.model.conversation_prompt(messages),
-            self.model.prepare(pictures),
+            self.model.prepare(sources),
             params,
             start_pos=len(self.cache),
             chunk_prefilling=self.chunk_prefilling,
@@ -67,6 +71,7 @@ class Chat:
         return self._remember(messages, chunks)
 
     def _remember(self, messages: list[Message], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        self._check_unchanged(messages)
         text = ""
         try:
             for chunk in chunks:
@@ -74,4 +79,12 @@ class Chat:
                 yield chunk
         finally:
             chunks.close()
+            self._check_unchanged(messages)
             self.messages = [*messages, ("assistant", (text,))]
+
+    def _check_unchanged(self, messages: list[Message]) -> None:
+        if self.messages != messages[:-1]:
+            raise CacheError(
+                "the conversation has changed since this question was asked: read a stream to its "
+                "end before the next question, and change messages between them"
+            )

@@ -23,6 +23,7 @@ def split_chessboard(x: Tensor, num_split_h: int, num_split_w: int) -> Tensor:
 
     Raises ShapeError where H or W does not divide. Source: VILA:llava/model/llava_arch.py.
     """
+    _check_factors(num_split_h, num_split_w)
     h, w = x.shape[-2:]
     if h % num_split_h or w % num_split_w:
         raise ShapeError(f"{h} x {w} does not split into {num_split_h} x {num_split_w} tiles")
@@ -37,6 +38,7 @@ def merge_chessboard(x: Tensor, num_split_h: int, num_split_w: int) -> Tensor:
     The inverse of `split_chessboard`; n positions are a square. Raises ShapeError.
     Source: VILA:llava/model/llava_arch.py.
     """
+    _check_factors(num_split_h, num_split_w)
     if len(x) % (num_split_h * num_split_w):
         raise ShapeError(f"{len(x)} tiles do not fill {num_split_h} x {num_split_w} boards")
     if x.dim() == 3:
@@ -44,6 +46,11 @@ def merge_chessboard(x: Tensor, num_split_h: int, num_split_w: int) -> Tensor:
     return rearrange(
         x, "(rows cols b) c h w -> b c (rows h) (cols w)", rows=num_split_h, cols=num_split_w
     )
+
+
+def _check_factors(*factors: int) -> None:
+    if min(factors) < 1:
+        raise ShapeError(f"features are cut or folded by 1 or more, got {factors}")
 
 
 def square_side(n: int) -> int:
@@ -103,6 +110,7 @@ def space_to_depth(x: Tensor, factor: int) -> Tensor:
     Where h does not divide, zeros are added below and on the right. Raises ShapeError.
     Source: VILA:llava/model/multimodal_projector/base_projector.py.
     """
+    _check_factors(factor)
     side = square_side(x.shape[1])
     missing = -side % factor
     x = rearrange(x, "b (h w) c -> b h w c", h=side)
@@ -116,9 +124,9 @@ def pixel_shuffle(x: Tensor, scale_factor: float = 0.5, *, version: str = "v2") 
     "v2" keeps both axes in their places, "v1" (first InternVL checkpoints) swaps them.
     Raises ShapeError. Source: InternVL:internvl_chat/internvl/model/internvl_chat.
     """
-    factor = round(1 / scale_factor)
+    factor = round(1 / scale_factor) if scale_factor > 0 else 0
     w, h = x.shape[1:3]
-    if abs(factor * scale_factor - 1) > 1e-6 or w % factor or h % factor:
+    if not abs(factor * scale_factor - 1) < 1e-6 or w % factor or h % factor:
         raise ShapeError(f"{w} x {h} features cannot be scaled by {scale_factor}")
     if version not in ("v1", "v2"):
         raise ValueError(f"version must be 'v1' or 'v2', got {version!r}")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from .errors import PromptError
+
 _CURIOUS = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
@@ -46,7 +48,12 @@ class Conversation:
         return self.sep if self.style == "chatml" else self.sep2
 
     def get_prompt(self) -> str:
-        """All turns so far as one text."""
+        """All turns so far as one text. Raises PromptError if the roles do not take turns, the user
+        first, in a style that cannot say otherwise.
+        """
+        roles = [role for role, _ in self.messages]
+        if self.style != "chatml" and any(r != self.roles[i % 2] for i, r in enumerate(roles)):
+            raise PromptError(f"roles must take turns, {self.roles[0]!r} first, got {roles}")
         return {"two": self._two, "chatml": self._chatml, "inst": self._inst}[self.style]()
 
     def _two(self) -> str:
@@ -65,8 +72,10 @@ class Conversation:
         system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
         out = ""
         for i, (_, text) in enumerate(self.messages):
+            if text is None:
+                continue
             if i % 2:
-                out += "" if text is None else f" {text} {self.sep2}"
+                out += f" {text} {self.sep2}"
             else:
                 out += f"{self.sep}[INST] {system if i == 0 else ''}{text} [/INST]"
         return out.lstrip(self.sep) if self.sep else out

@@ -116,7 +116,7 @@ def course_map(folder: Path = NOTEBOOKS) -> Table:
     """The notebooks that are there, with what each says of itself in its metadata."""
     rows = []
     for path in sorted(folder.glob("[0-9]*.ipynb")):
-        about: Mapping = json.loads(path.read_text())["metadata"].get("vlmlib", {})
+        about: Mapping = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("vlmlib", {})
         rows.append(
             (
                 path.name[:2],

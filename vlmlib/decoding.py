@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ContextLengthError, PromptError
-from .sampling import GenParams, Sampler, check_finite, check_whole
+from .sampling import GenParams, Sampler, check_finite, check_whole, entropy
 from .tokenization import TextStream
 
 Chunk = dict[str, Any]
@@ -36,6 +36,7 @@ class Turn:
     reused_tokens  positions of the prompt that a cache holds already; `prefill` feeds the others
     looks_ahead    a device works by itself: give it the step behind a token before that token is
                    read, so that it never waits. If the token ends the answer, that step is lost.
+                   The first token is read before its step: somebody waits for it.
     """
 
     prefill: Callable[[], Tensor]
@@ -132,7 +133,8 @@ def _loop(turn, params, stop_ids, stream_interval, out, tracer) -> Iterator[Chun
     reason = "length"
     while out.tokens < limit:
         is_last = out.tokens + 1 == limit
-        ahead = draw(turn.step(drawn.token)) if turn.looks_ahead and not is_last else None
+        looks_ahead = turn.looks_ahead and out.tokens and not is_last
+        ahead = draw(turn.step(drawn.token)) if looks_ahead else None
         token_id = drawn.read(step=out.tokens)
         out.count(perf_counter() - start)
         if tracer:
@@ -154,11 +156,10 @@ class _Drawn:
 
     def __init__(self, token: Tensor, logits: Tensor, scores: Tensor):
         self.token, self.logits, self.scores = token, logits, scores
-        self._id = token.to("cpu", non_blocking=True)
-        self._highest = logits.max().to("cpu", non_blocking=True)
-        self._arrival = torch.cuda.Event() if token.is_cuda else None
-        if self._arrival:
-            self._arrival.record()
+        on_gpu = token.is_cuda  # any other device has no event here: its copy is waited for
+        self._id = token.to("cpu", non_blocking=on_gpu)
+        self._highest = logits.max().to("cpu", non_blocking=on_gpu)
+        self._arrival = torch.cuda.current_stream(token.device).record_event() if on_gpu else None
 
     def read(self, step: int) -> int:
         """Wait until it is here. Raises NonFiniteLogitsError."""
@@ -227,8 +228,7 @@ class _Tracer:
         self.tokenizer, self.k = tokenizer, k
 
     def __call__(self, token_id: int, logits: Tensor, scores: Tensor) -> TokenTrace:
-        logp = logits[0].float().log_softmax(dim=-1)  # (v,)
-        p = logp.exp()
+        p = logits[0].float().softmax(dim=-1)  # (v,)
         best = p.topk(min(self.k, p.numel()))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return TokenTrace(
@@ -236,6 +236,6 @@ class _Tracer:
             text=self.tokenizer.decode([token_id]),
             probability=p[token_id].item(),
             drawn_from=scores[0].softmax(dim=-1)[token_id].item(),
-            entropy=-(p * logp.clamp(min=-1e4)).sum().item() / torch.tensor(2.0).log().item(),
+            entropy=entropy(p),
             alternatives=[(i, self.tokenizer.decode([i]), q) for i, q in pairs],
         )

@@ -1,7 +1,9 @@
-"""Everything that vlmlib raises on bad input. All of it derives from `VlmError`.
+"""What vlmlib raises when a picture, prompt, checkpoint or parameter is not what it must be.
 
-Each error also derives from the built-in a Python user would expect (`ValueError`, `OSError`, ...),
-and says what is wrong, where, and what was expected.
+All of it derives from `VlmError`. Each error also derives from the built-in a Python user would
+expect (`ValueError`, `OSError`, ...), and says what is wrong, where, and what was expected.
+A call that no input could make right, as one with an option that does not exist, raises the plain
+`ValueError` or `TypeError`.
 """
 
 
@@ -38,7 +40,9 @@ class GenParamsError(VlmError, ValueError):
 
 
 class CacheError(VlmError, ValueError):
-    """The key/value cache is shorter than `start_pos`, or another model's or stream's."""
+    """The key/value cache is shorter than `start_pos`, or another model's or stream's; or a
+    conversation went on while one of its answers was read.
+    """
 
 
 class CheckpointError(VlmError, OSError):

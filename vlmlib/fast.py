@@ -5,6 +5,8 @@ more than the arithmetic. A `FastDecoder` reads the same weights and does the on
 needs: one token of one sequence, at the end of its cache. q, k and v are one product, and so are
 gate and up, of plain weights or of four-bit ones; rotation and caching are done for all heads at
 once. On an NVIDIA GPU the step is recorded as a CUDA graph, so that Python is out of the way too.
+The draw is not in it: every request has its own few kernels for that (`vlmlib.sampling`). They are
+launched one by one, while the GPU is busy with the step.
 
 Axes: d width, h heads of queries, k heads of keys and of values, e their width, n positions.
 """
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +75,8 @@ class FastDecoder:
         self.still = self.embeddings.new_tensor([1, 0])[:, None, None]
         self.addresses = _addresses(net)
         self.records_graphs = self.embeddings.is_cuda
-        self.graphs: list[StepGraph] = []
+        self.graphs: WeakKeyDictionary[Cache, StepGraph] = WeakKeyDictionary()
+        self.last: StepGraph | None = None
 
     @staticmethod
     def supports(net: PreTrainedModel) -> bool:
@@ -156,21 +159,25 @@ class FastDecoder:
         return self.table
 
     def _graph(self, cache: KVCache) -> StepGraph:
-        """For a cache with room for one more position: its own; one that no cache uses any more,
-        since recording takes as long as many steps; or a new one.
+        """For a cache with room for one more position: its own; the last one, if no cache uses it
+        any more, since recording takes as long as many steps; or a new one.
+
+        A graph holds the memory of its cache. All but the last one go when their cache goes or has
+        outgrown them.
         """
         past = cache.past
         for layer in past.layers:
             layer.make_room(len(cache) + 1, layer.keys)
-        for graph in self.graphs:
-            if graph.is_of(past):
-                return graph
-        for graph in self.graphs:
-            if graph.fits(past):
+        graph = self.graphs.get(past)
+        if graph is None or not graph.is_of(past):
+            graph = self.last
+            if graph is not None and graph.fits(past):
                 graph.move_in(past)
-                return graph
-        self.graphs.append(StepGraph(self, past))
-        return self.graphs[-1]
+            else:
+                graph = StepGraph(self, past)
+            self.graphs[past] = graph
+        self.last = graph
+        return graph
 
 
 class StepGraph:
@@ -217,7 +224,7 @@ class StepGraph:
         self.at.fill_(n)
         if self.replay is None:
             logits = self.run()  # once as it is: kernels load and warm up outside of a graph
-            self.replay = record(self.run)
+            self.replay = record(self.run, self.token.device)
             return logits
         return self.replay().clone()  # the next step writes over it
 
@@ -229,10 +236,10 @@ class StepGraph:
         return self.decoder.logits(self.token, rotation, appends, mask)
 
 
-def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def record(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """A function as a CUDA graph -> what does the same again, and returns the same tensor."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, how = torch.cuda.CUDAGraph(), {"capture_error_mode": "thread_local"}
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=side_stream(device), **how):
         out = run()
 
     def replay() -> Tensor:
@@ -240,6 +247,12 @@ def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return out
 
     return replay
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """To record on. torch's own is on the GPU that recorded first, whichever is to record now."""
+    return torch.cuda.Stream(device)
 
 
 def _write(buffer: Tensor, at: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

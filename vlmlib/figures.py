@@ -146,7 +146,7 @@ def latency(
 
 def step_times(result: Mapping[str, Any], *, width: float = 7.0) -> Figure:
     """Milliseconds per token of every contender that `vlmlib.bench` measured, with quartiles, and
-    how long it takes only to read the weights as fast as the machine copies.
+    how long it takes only to read weights and cache as fast as the machine copies.
     """
     steps = result["steps"]
     figure, ax = axes(width, 0.9 + 0.45 * len(steps), xlabel="ms per token")
@@ -160,7 +160,7 @@ def step_times(result: Mapping[str, Any], *, width: float = 7.0) -> Figure:
         ax.text(max(high, bound), row, f"  {middle:.3g}", va="center")
     ax.set_yticks(range(len(steps)), list(steps))
     ax.set_xlim(0, 1.15 * max(1e3 * step["high"] for step in steps.values()))
-    ax.plot([], [], color="black", lw=2.5, label="to read the weights once, at copy speed")
+    ax.plot([], [], color="black", lw=2.5, label="to read weights and cache once, at copy speed")
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     ax.invert_yaxis()
     return figure

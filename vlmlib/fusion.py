@@ -179,5 +179,5 @@ def check_lengths(lengths: list[int], limit: int | None) -> None:
     if limit is not None and max(lengths) > limit:
         raise ContextLengthError(
             f"with their pictures the prompts take {lengths} positions, but model_max_length is "
-            f"{limit}; truncate=True would cut them"
+            f"{limit}"
         )

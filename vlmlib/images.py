@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -69,9 +69,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greys: convert() alone would clip them to white
         grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(
-            (grey >> (8 if grey.max() > 255 else 0)).clip(0, 255).astype(np.uint8)
-        )
+        shift = 8 if image.mode.startswith("I;16") or grey.max() > 255 else 0
+        image = Image.fromarray((grey >> shift).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -108,18 +107,26 @@ def _middle(image: Image.Image, length: int) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top))
 
 
+def _sides(size: int | Mapping[str, int]) -> tuple[int, int]:
+    """(height, width) as preprocessor_config.json has it."""
+    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+
+
 @dataclass(frozen=True, slots=True)
 class ImageProcessor:
-    """CLIP's preprocessing in Pillow and torch: resize the shorter side, crop, normalise.
+    """CLIP's and SigLIP's preprocessing in Pillow and torch: resize, crop, normalise.
 
-    Reads the hub's preprocessor_config.json, and gives what transformers' CLIPImageProcessor gives
-    with its Pillow backend; torchvision is not needed. The attributes `crop_size` and `image_mean`
-    and the method `preprocess` carry transformers' names: `process_images` takes either.
+    Reads the hub's preprocessor_config.json, and gives what transformers' CLIPImageProcessor and
+    SiglipImageProcessor give with their Pillow backend; torchvision is not needed. The attributes
+    `crop_size` and `image_mean` and the method `preprocess` carry transformers' names:
+    `process_images` takes either.
 
+    shortest_edge  length that the shorter side is scaled to, before the centre is cropped (CLIP);
+                   None: the whole picture is stretched to the size of the crop (SigLIP)
     min_patches, max_patches  how many tiles InternVL cuts a picture into; LLaVA does not use them
     """
 
-    shortest_edge: int
+    shortest_edge: int | None
     crop_height: int
     crop_width: int
     image_mean: tuple[float, ...]
@@ -145,13 +152,17 @@ class ImageProcessor:
     @classmethod
     def _from_config(cls, config: dict[str, Any], path: Path) -> ImageProcessor:
         try:
-            size, crop = config["size"], config.get("crop_size") or config["size"]
-            edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
-            crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+            size, crop = config["size"], config.get("crop_size")
+            edge = size if isinstance(size, int) else size.get("shortest_edge")
+            height, width = _sides(crop or size)
+            if edge is None and (height, width) != _sides(size):
+                if config.get("do_center_crop", True):
+                    raise ValueError(f"size is {size}, but crop_size is {crop}")
+                height, width = _sides(size)
             made = cls(
-                shortest_edge=int(edge),
-                crop_height=int(crop["height"]),
-                crop_width=int(crop["width"]),
+                shortest_edge=None if edge is None else int(edge),
+                crop_height=height,
+                crop_width=width,
                 image_mean=tuple(map(float, config["image_mean"])),
                 image_std=tuple(map(float, config["image_std"])),
                 resample=Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)),
@@ -170,7 +181,7 @@ class ImageProcessor:
     def _check(self) -> None:
         """Raise ValueError for pictures that would fill the memory, or be no numbers."""
         sides = (self.shortest_edge, self.crop_height, self.crop_width)
-        if not all(1 <= side <= LARGEST for side in sides):
+        if not all(1 <= side <= LARGEST for side in sides if side is not None):
             raise ValueError(f"sizes {sides}, expected 1 to {LARGEST}")
         scaling = (*self.image_mean, *self.image_std, self.rescale_factor)
         counts = len(self.image_mean), len(self.image_std)
@@ -188,8 +199,8 @@ class ImageProcessor:
 
     def to_dict(self, kind: str) -> dict[str, Any]:
         """What `from_folder` reads, as transformers' image processor of that name writes it."""
-        sizes = {"size": self.crop_size}
-        if kind.startswith(("CLIP", "Llava")):
+        sizes = {"size": self.crop_size, "do_center_crop": False}
+        if self.shortest_edge is not None and kind.startswith(("CLIP", "Llava")):
             edge = {"shortest_edge": self.shortest_edge}
             sizes = {"size": edge, "crop_size": self.crop_size, "do_center_crop": True}
         return {
@@ -217,6 +228,8 @@ class ImageProcessor:
         """The resized and cropped picture: exactly the pixels that the tower will see."""
         if self.do_pad:
             image = pad_to_square(image, self.background)
+        if self.shortest_edge is None:
+            return image.resize((self.crop_width, self.crop_height), self.resample)
         short = min(image.size)
         if max(image.size) > SLIVER * short:  # scaled whole it would not fit into memory
             image = _middle(image, SLIVER * short)
@@ -231,8 +244,10 @@ class ImageProcessor:
         """
         side = max(width, height)
         w, h = (side, side) if self.do_pad else (width, height)
-        scale = self.shortest_edge / min(w, h)
-        half = self.crop_width / scale / width / 2, self.crop_height / scale / height / 2
+        if self.shortest_edge is not None:
+            scale = self.shortest_edge / min(w, h)
+            w, h = self.crop_width / scale, self.crop_height / scale
+        half = w / width / 2, h / height / 2
         return 0.5 - half[0], 0.5 - half[1], 0.5 + half[0], 0.5 + half[1]
 
     def pixels(self, image: Image.Image) -> Tensor:

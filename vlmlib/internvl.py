@@ -22,14 +22,15 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .cache import KVCache
 from .chessboard import pixel_shuffle, square_side
 from .decoding import Chunk
 from .errors import PlaceholderError, ShapeError
 from .images import ImageProcessor, ImageSource, load_image
-from .media import Medium, Video
-from .model import Media, VisionLanguageModel, end_of_answer_ids, one_of
+from .media import Medium, Video, check_kinds
+from .model import Media, VisionLanguageModel, check_pixels, end_of_answer_ids, one_of
 from .sampling import GenParams
 from .tiling import dynamic_preprocess, dynamic_regions, patch_boxes
 from .tokenization import (
@@ -48,9 +49,6 @@ NUM_IMAGE_TOKEN = 256
 
 NUM_FRAMES = 8
 """Frames of a clip that are looked at, unless the clip says otherwise."""
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
@@ -96,10 +94,11 @@ class InternVL(VisionLanguageModel):
     net: InternVLForConditionalGeneration
 
     def __init__(self, net, tokenizer, image_processor: ImageProcessor | None = None):
-        super().__init__(net, tokenizer, image_processor)
         if image_processor is None:
-            side = self.image_size
-            self.image_processor = ImageProcessor(side, side, side, IMAGENET_MEAN, IMAGENET_STD)
+            side = tile_pixels(net.config)
+            colours = map(tuple, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+            image_processor = ImageProcessor(None, side, side, *colours)
+        super().__init__(net, tokenizer, replace(image_processor, shortest_edge=None))
         if not tokenizer.chat_template:
             self.chat_template = CHAT_TEMPLATES["internvl2_5"]
 
@@ -147,9 +146,7 @@ class InternVL(VisionLanguageModel):
         return patch_boxes(side, side, medium.shown).flatten(0, 1)
 
     def medium(self, pixels: Tensor, kind: str = "image") -> Medium:
-        side = self.image_size
-        if pixels.shape[1:] != (3, side, side) or not len(pixels):
-            raise ShapeError(f"expected (t, 3, {side}, {side}) pixels, got {tuple(pixels.shape)}")
+        check_pixels(pixels, self.image_size)
         return Medium(pixels, len(pixels) * self.tokens_per_tile, kind)
 
     def as_media(self, media: Media | Mapping[str, Sequence[Tensor | Medium]]) -> list[Medium]:
@@ -160,8 +157,7 @@ class InternVL(VisionLanguageModel):
             media = [media]
         if not isinstance(media, Mapping):
             return super().as_media(media)
-        if unknown := sorted(map(str, set(media) - {"image", "video"})):
-            raise ShapeError(f"media must be under 'image' and 'video', got {unknown}")
+        check_kinds(media)
         clips = [replace(m, kind="video") for m in self.as_media(media.get("video"))]
         return [*self.as_media(media.get("image")), *clips]
 
@@ -177,10 +173,7 @@ class InternVL(VisionLanguageModel):
     def project(self, features: Tensor, medium: Medium) -> Tensor:
         x = rearrange(features, "t (w h) c -> t w h c", w=square_side(features.shape[1]))
         x = rearrange(pixel_shuffle(x, self.config.downsample_ratio), "t w h c -> t (w h) c")
-        projected = self.net.model.multi_modal_projector(x).flatten(0, 1)
-        if len(projected) != medium.length:
-            raise ShapeError(f"a medium of {medium.length} positions has {len(projected)} features")
-        return projected
+        return self.net.model.multi_modal_projector(x).flatten(0, 1)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """`<img>`, IMAGE_TOKEN_INDEX, `</img>` for every `<image>`; a clip's frames have theirs."""

@@ -115,7 +115,7 @@ def _check_resolutions(config: LlavaNextConfig) -> None:
     if not sizes or not all(type(side) is int for size in sizes for side in size):
         raise CheckpointError("image_grid_pinpoints must be a list of [height, width]")
     for size in sizes:
-        get_anyres_image_grid_shape(size, [size], config.vision_config.image_size)
+        get_anyres_image_grid_shape((1, 1), [size], config.vision_config.image_size)
 
 
 LLAVA_TEXT = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}

@@ -27,11 +27,18 @@ from transformers import (
 from .cache import KVCache
 from .conversation import Conversation
 from .decoding import Chunk, Turn
-from .errors import CacheError, ShapeError, VideoError
+from .errors import CacheError, CheckpointError, ImageError, ShapeError, VideoError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium, Video
-from .model import Media, Part, VisionLanguageModel, answer_turn, end_of_answer_ids
+from .model import (
+    Media,
+    Part,
+    VisionLanguageModel,
+    answer_turn,
+    check_pixels,
+    end_of_answer_ids,
+)
 from .sampling import GenParams
 from .tiling import (
     Size,
@@ -85,6 +92,7 @@ class Llava(VisionLanguageModel):
         return torch.cat([torch.full((medium.length - len(grid), 4), nan), grid])
 
     def medium(self, pixels: Tensor) -> Medium:
+        check_pixels(pixels, self.config.vision_config.image_size)
         length = len(pixels) * input_tokens(self.config, *pixels.shape[-2:])
         return Medium(pixels, length)
 
@@ -160,7 +168,7 @@ class LlavaNext(Llava):
 
     def prepare(self, sources: Sequence[ImageSource]) -> list[Medium]:
         pictures = _loaded(sources)
-        tiles = self.prepare_images(pictures)
+        tiles = self.prepare_images(pictures) if pictures else []
         return [self.sized(t, p.size) for t, p in zip(tiles, pictures, strict=True)]
 
     def sized(self, pixels: Tensor, size: Size) -> Medium:
@@ -172,6 +180,7 @@ class LlavaNext(Llava):
                 f"a picture of {size[0]} x {size[1]} has 1 + {rows} x {cols} tiles, got pixels "
                 f"{tuple(pixels.shape)}: prepare_images makes them"
             )
+        check_pixels(pixels, vision.image_size)
         grid = (self.pinpoints, vision.image_size, vision.patch_size)
         return Medium(pixels, anyres_tokens(*size, *grid, rounding=self.rounding), size=tuple(size))
 
@@ -207,7 +216,7 @@ def process_images(
                     (t, 3, h, w) for each picture, in one tensor if all have as many tiles; also
                     for transformers' LlavaNextConfig, which lists (height, width)
 
-    Source: LLaVA:llava/mm_utils.py.
+    Raises ImageError. Source: LLaVA:llava/mm_utils.py.
     """
     is_next = getattr(model_cfg, "model_type", None) == "llava_next"
     mode = "anyres" if is_next else getattr(model_cfg, "image_aspect_ratio", None)
@@ -216,6 +225,8 @@ def process_images(
             f"image_aspect_ratio must be None, 'square', 'pad' or 'anyres', got {mode!r}"
         )
     pictures = [load_image(i) for i in images]
+    if not pictures:
+        raise ImageError("expected at least one picture, got none")
     if mode == "pad":
         colour = tuple(int(255 * m) for m in image_processor.image_mean)
         pictures = [pad_to_square(p, colour) for p in pictures]
@@ -321,14 +332,17 @@ def LlavaStreamGenerator(
 
     model          a vlmlib model, driven by `start_pos`; or any LlavaForConditionalGeneration of
                    transformers, driven through its `past_key_values`
+    tokenizer      of a transformers model; a vlmlib model has its own, and that is used
     start_pos      how many positions of `cache` may be kept; `input` is always the whole transcript
     gen_params     GenParams, or a mapping or object with its names
     device         must be the model's own, which is also the default
     echo           begin `text` with the prompt
     stop_token_ids ids that end the answer, besides the model's own
     image_tensor   (b, 3, h, w) pixel values, or a list with one entry for every picture
-    chunk_prefilling  feed only what `cache` does not hold; False feeds the whole transcript again
-    cache, lstrip, trace   see `VisionLanguageModel.turn` and `vlmlib.decoding.decode`
+    chunk_prefilling  feed only what `cache` does not hold; False feeds the whole transcript again,
+                   as a transformers model always does
+    cache, lstrip, trace   see `VisionLanguageModel.turn` and `vlmlib.decoding.decode`; a
+                   transformers model takes no cache
 
     Returns an iterator of chunks (`vlmlib.decoding.decode` tells their fields). The prompt,
     pictures and parameters are checked at the call, before anything is computed.
@@ -352,14 +366,20 @@ def LlavaStreamGenerator(
             echo=echo,
             **options,
         )
-    if start_pos:
+    if not isinstance(model, LlavaForConditionalGeneration):
+        raise CheckpointError(
+            f"expected a vlmlib model or a LlavaForConditionalGeneration, got "
+            f"{type(model).__name__}: load it with vlmlib.load"
+        )
+    if start_pos or cache is not None:
         raise CacheError(
-            f"start_pos is {start_pos}: a transformers model starts at 0, load it with "
-            "vlmlib.load to continue a conversation"
+            f"start_pos is {start_pos}: a transformers model starts at 0 and takes no cache, load "
+            "it with vlmlib.load to continue a conversation"
         )
     turn = transformers_turn(model, tokenizer, input, image_tensor)
     prefix = input if echo else ""
-    return answer_turn(turn, model, tokenizer, gen_params, prefix=prefix, **options)
+    stop_ids = end_of_answer_ids(model, tokenizer)
+    return answer_turn(turn, tokenizer, gen_params, stop_ids=stop_ids, prefix=prefix, **options)
 
 
 def _loaded(sources: Sequence[ImageSource]) -> list[Image.Image]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -77,3 +78,9 @@ class Medium:
     def key(self) -> Hashable:
         """Equal for equal content and layout: tells whether a cache holds this very medium."""
         return digest(self.pixels), self.length, self.kind, self.size, self.block
+
+
+def check_kinds(media: Mapping[str, Any]) -> None:
+    """Raise ShapeError for media of a kind that there is not."""
+    if unknown := sorted(map(str, set(media) - {"image", "video"})):
+        raise ShapeError(f"media must be under 'image' and 'video', got {unknown}")

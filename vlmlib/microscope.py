@@ -28,10 +28,11 @@ def attention(
     each row a distribution over the n positions so far, pictures expanded.
     """
     ids, media = model.read(prompt, media)
-    features = [model.encode(m) for m in media]
+    features = [model.features(m, m.key) for m in media]
     inputs = fuse([*ids, *answer], features, model.embed)
     cache = model.new_cache()
-    model.forward(inputs[:, :-1], 0, cache)
+    if inputs.shape[1] > 1:
+        model.forward(inputs[:, :-1], 0, cache)
     decoder = model.net.get_decoder()
     with eager_attention(decoder):
         out = decoder(

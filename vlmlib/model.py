@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,13 +24,7 @@ from .checkpoint import Origin, as_device, in_one_line, save_net, write_json
 from .decoding import Chunk, Turn, decode
 from .errors import CacheError, DeviceError, GenParamsError, PromptError, ShapeError
 from .fast import FastDecoder
-from .fusion import (
-    check_lengths,
-    fuse,
-    positions,
-    prepare_inputs_labels_for_multimodal,
-    split_at,
-)
+from .fusion import fuse, positions, prepare_inputs_labels_for_multimodal, split_at
 from .images import ImageSource
 from .int4 import Int4Linear
 from .media import Medium, Video
@@ -111,8 +105,11 @@ class VisionLanguageModel(ABC):
     # ---- what all share ----
 
     def encode(self, medium: Medium) -> Tensor:
-        """Features (medium.length, d) of a medium."""
-        return self.project(self.tower_features(medium.pixels), medium)
+        """Features (medium.length, d) of a medium. Raises ShapeError if there are not as many."""
+        features = self.project(self.tower_features(medium.pixels), medium)
+        if len(features) != medium.length:
+            raise ShapeError(f"a medium of {medium.length} positions has {len(features)} features")
+        return features
 
     @property
     def config(self):
@@ -263,14 +260,16 @@ class VisionLanguageModel(ABC):
     def _language_modules(self) -> Iterator[nn.Module]:
         return chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
 
-    def _features(self, medium: Medium, key: Hashable) -> Tensor:
+    def features(self, medium: Medium, key: Hashable) -> Tensor:
         """`encode` of the medium with this key, or what it was when it was last asked for.
 
-        It is always asked where gradients are wanted, and while there are hooks in tower or
-        projector; and again after a weight there, or a method, was changed.
+        It is always asked where gradients are wanted, and while there are hooks in tower, projector
+        or the table of embeddings, with which a family may write around a picture; and again after
+        a weight there, or a method, was changed.
         """
-        language = set(self._language_modules())
-        vision = [m for m in self.whole_net.modules() if m not in language]
+        language = {*self._language_modules()} - {self.net.get_input_embeddings()}
+        parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
+        vision = [m for part in parts for m in part.modules() if m not in language]
         if torch.is_grad_enabled() or _hooked(vision):
             return self.encode(medium)
         weights = chain.from_iterable(m.parameters(recurse=False) for m in vision)
@@ -342,9 +341,9 @@ class VisionLanguageModel(ABC):
         keep = start_pos if chunk_prefilling else 0
         turn = self.turn(prompt, media, start_pos=keep, cache=cache, answer=answer)
         options["prefix"] = prompt if echo else ""
-        check_stop_ids(more := options.get("stop_token_ids", ()))
-        options["stop_token_ids"] = [*self.stop_token_ids, *more]
-        return answer_turn(turn, self.net, self.tokenizer, gen_params, **options)
+        return answer_turn(
+            turn, self.tokenizer, gen_params, stop_ids=self.stop_token_ids, **options
+        )
 
     def turn(
         self,
@@ -371,18 +370,18 @@ class VisionLanguageModel(ABC):
         lengths, keys = [m.length for m in media], [m.key for m in media]
         content = positions(ids, lengths, keys)
         cache, start = self._reusable(content, start_pos, cache)
-        me = object()
+        me, decoder = object(), None
 
         def prefill() -> Tensor:
+            nonlocal decoder
             check_writer(cache.common_prefix(content) >= start)
             cache.writer = me
+            decoder = self.fast_decoder()
             first_id, first_medium, offset = split_at(ids, lengths, start)
             seen = zip(media[first_medium:], keys[first_medium:], strict=True)
-            features = [self._features(m, key) for m, key in seen]
+            features = [self.features(m, key) for m, key in seen]
             inputs = fuse(ids[first_id:], features, self.embed)[:, offset:]
             return self.forward(inputs, start, cache, content[start:])
-
-        decoder = self.fast_decoder()
 
         def step(token: Tensor) -> Tensor:
             check_writer(cache.writer is me)
@@ -422,8 +421,9 @@ class VisionLanguageModel(ABC):
         image_sizes     (width, height) of each picture, where its pixels do not tell its layout
 
         `options` are those of transformers' `generate`: do_sample, temperature, top_p, num_beams,
-        max_new_tokens, use_cache, ... A batch of unequal prompts is padded anywhere and masked by
-        `attention_mask` (b, n); it is padded on the left before decoding. Returns (b, n') new ids.
+        max_new_tokens, use_cache, ... Unless they say otherwise, an answer ends where a stream's
+        does. A batch of unequal prompts is padded anywhere and masked by `attention_mask` (b, n);
+        it is padded on the left before decoding. Returns (b, n') new ids.
         Raises PlaceholderError, ShapeError, ContextLengthError.
         Source: LLaVA:llava/model/language_model/llava_llama.py.
         """
@@ -436,15 +436,25 @@ class VisionLanguageModel(ABC):
             mask,
             None,
             None,
-            images,
+            [] if images is None else images,  # None would leave the padding where it is
             image_sizes,
             padding_side="left",
             model_max_length=self.context_len,
         )
-        if embeds is None:  # no pictures
-            check_lengths([ids.shape[1]], self.context_len)
+        if embeds is None:  # one id a row, and no pictures
             embeds = self.embed(ids)
+        options = self.with_stop_tokens(options)
         return self.net.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+    def with_stop_tokens(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of transformers' `generate`, and where they do not say it, what ends an answer
+        and what is written behind its end.
+        """
+        config, stop = options.get("generation_config"), self.stop_token_ids
+        pads = (self.net.generation_config.pad_token_id, self.tokenizer.pad_token_id, *stop)
+        pad = next((i for i in pads if i is not None), None)
+        own = {"eos_token_id": stop or None, "pad_token_id": pad}
+        return {k: v for k, v in own.items() if getattr(config, k, None) is None} | dict(options)
 
     def as_media(self, media: Media) -> list[Medium]:
         """Media as they are; of pixel values (b, 3, h, w), or a list of (3, h, w) or (t, 3, h, w),
@@ -484,20 +494,23 @@ class VisionLanguageModel(ABC):
 
 def answer_turn(
     turn: Turn,
-    net: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     gen_params: GenParams | Any,
     *,
-    device: str | torch.device | None = None,
+    stop_ids: Collection[int],
     stop_token_ids: Collection[int] = (),
+    device: str | torch.device | None = None,
     **options,
 ) -> Iterator[Chunk]:
-    """`decode` with a generator's parameters read and checked; `options` are decode's own."""
+    """`decode` with a generator's parameters read and checked; `options` are decode's own.
+
+    stop_ids        the model's own
+    stop_token_ids  those that somebody wants besides
+    """
     params = GenParams.of(gen_params)
     check_device(device, turn.device)
     check_stop_ids(stop_token_ids)
-    stop_ids = end_of_answer_ids(net, tokenizer, stop_token_ids)
-    return decode(turn, tokenizer, params, stop_ids=stop_ids, **options)
+    return decode(turn, tokenizer, params, stop_ids={*stop_ids, *stop_token_ids}, **options)
 
 
 def _hooked(modules: Iterable[nn.Module]) -> bool:
@@ -508,6 +521,13 @@ def _hooked(modules: Iterable[nn.Module]) -> bool:
         (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for m in modules
     )
     return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+
+
+def check_pixels(pixels: Tensor, size: int | Sequence[int]) -> None:
+    """Raise ShapeError for what are not (t, 3, h, w) pixels of that size, a side or (h, w)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if pixels.shape[1:] != (3, height, width) or not len(pixels):
+        raise ShapeError(f"expected (t, 3, {height}, {width}) pixels, got {tuple(pixels.shape)}")
 
 
 def check_stop_ids(ids: Collection[int]) -> None:
@@ -554,6 +574,11 @@ def as_parts(parts: Sequence[Part] | str) -> tuple[Part, ...]:
             f"expected a text, or a list of pictures, clips and texts, got {type(parts).__name__}"
         )
     return tuple(parts)
+
+
+def sources_of(parts: Iterable[Part]) -> list[ImageSource | Video]:
+    """The pictures and clips among the parts."""
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def check_device(wanted: str | torch.device | None, own: torch.device) -> None:

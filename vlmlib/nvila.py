@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ from .cache import KVCache
 from .decoding import Chunk
 from .errors import ShapeError
 from .images import ImageSource, load_image, pad_to_square
-from .media import Medium, Video
-from .model import Media, Part, VisionLanguageModel, end_of_answer_ids, one_of
+from .media import Medium, Video, check_kinds
+from .model import Media, Part, VisionLanguageModel, end_of_answer_ids, one_of, sources_of
 from .nvila_causal import LlavaMetaForCausalLM, expand_tiles, tiles_of
 from .nvila_model import MEDIA_TOKENS, LlavaMetaModel
 from .projectors import folded, projected_side
@@ -42,7 +42,7 @@ from .tiling import (
     patch_boxes,
     s2_grids,
 )
-from .tokenization import IMAGE_TOKEN_INDEX, escape_special_tokens
+from .tokenization import IMAGE_TOKEN_INDEX
 from .video import span, uniform_indices
 
 MediaByKind = Mapping[str, Sequence[Tensor | Medium]]
@@ -187,8 +187,7 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         """
         if not isinstance(media, Mapping):
             return super().as_media(media)
-        if unknown := sorted(map(str, set(media) - set(MEDIA_TOKENS))):
-            raise ShapeError(f"media must be under {list(MEDIA_TOKENS)}, got {unknown}")
+        check_kinds(media)
         blocks = ((media_cfg or {}).get("image") or {}).get("block_sizes")
         clips = [self._as_clip(clip) for clip in media.get("video") or ()]
         return [*self._as_pictures(media.get("image"), blocks), *clips]
@@ -199,9 +198,10 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     def _as_pictures(self, tiles: Media, blocks: Sequence[Size | None] | None) -> list[Medium]:
         if tiles is None or not blocks or any(isinstance(tile, Medium) for tile in tiles):
             return super().as_media(tiles)
+        blocks = [block and tuple(block) for block in blocks]  # JSON has no tuples
         counts = [self._tiles_in(block) for block in blocks]
         if sum(counts) != len(tiles):
-            raise ShapeError(f"{len(tiles)} tiles, but block_sizes {list(blocks)} need {counts}")
+            raise ShapeError(f"{len(tiles)} tiles, but block_sizes {blocks} need {counts}")
         groups = torch.stack(list(tiles)).split(counts)
         return [self.medium(t, block=b) for t, b in zip(groups, blocks, strict=True)]
 
@@ -225,19 +225,13 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
     # ---- prompts ----
 
     def _content(self, parts: Sequence[Part]) -> str:
-        """One text with placeholders; what a user typed is escaped."""
-        text = ""
-        for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
-            if is_text:
-                text += escape_special_tokens("".join(run), self.tokenizer)
-            else:
-                kinds = ("video" if isinstance(part, Video) else "image" for part in run)
-                text += "".join(MEDIA_TOKENS[kind] for kind in kinds)
-        return text
+        """One text with placeholders."""
+        content = super()._content(parts)
+        return "".join(p.get("text", MEDIA_TOKENS.get(p["type"])) for p in content)
 
     def conversation_prompt(self, messages: Sequence[tuple[str, Sequence[Part]]]) -> str:
         prompt = super().conversation_prompt(messages)
-        sources = [p for _, parts in messages for p in parts if not isinstance(p, str)]
+        sources = sources_of(chain.from_iterable(parts for _, parts in messages))
         if self.mode(sources) != "dynamic":
             return prompt
         config = self.config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache import KVCache
-from .errors import ShapeError
+from .errors import PromptError, ShapeError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .media import Medium
+from .model import as_parts, sources_of
 from .nvila_model import MEDIA_TOKENS
-from .sampling import GenParams
+from .sampling import GenParams, check_whole
 from .tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -136,18 +138,9 @@ class LlavaMetaForCausalLM:
         """
         ids, mask = self.expanded(input_ids, attention_mask, media_config)
         embeds, _, mask = self._embed(ids, media, media_config, None, mask, padding_side="left")
-        config = generation_kwargs.get("generation_config")
-        if getattr(config, "eos_token_id", None) is None:
-            generation_kwargs.setdefault("eos_token_id", self.stop_token_ids)
-        if getattr(config, "pad_token_id", None) is None:
-            pad = self.tokenizer.pad_token_id
-            pad = self.stop_token_ids[0] if pad is None else pad
-            generation_kwargs.setdefault("pad_token_id", pad)
-        return (
-            self.choose_weights(quant_llm)
-            .get_llm()
-            .generate(inputs_embeds=embeds, attention_mask=mask.long(), **generation_kwargs)
-        )
+        options = self.with_stop_tokens(generation_kwargs)
+        llm = self.choose_weights(quant_llm).get_llm()
+        return llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
     def generate_content(
         self,
@@ -159,9 +152,11 @@ class LlavaMetaForCausalLM:
 
         generation_config  None for the best tokens as far as the context reaches; parameters of a
                            stream; or a GenerationConfig of transformers
+
+        Raises PromptError, and what a stream raises.
         """
-        parts = [prompt] if isinstance(prompt, str) else list(prompt)
-        text, media = self.chat_prompt(parts), self.prepare(_without_text(parts))
+        parts = as_parts(prompt)
+        text, media = self.chat_prompt(parts), self.prepare(sources_of(parts))
         if isinstance(generation_config, GenerationConfig):
             ids = torch.tensor([self.tokenizer(text).input_ids])
             out = self.generate(
@@ -182,15 +177,17 @@ class LlavaMetaForCausalLM:
         n_predict: int = 32,
     ) -> dict[str, float]:
         """Median times, in seconds, of answering `prompt`: {"prompt_tokens", "encode_time" of the
-        media, "context_time" to the first token, "step_time" of each further one}.
+        media, "context_time" to the first token, with the media, "step_time" of each further one}.
         """
-        parts = [prompt] if isinstance(prompt, str) else list(prompt)
-        text, media = self.chat_prompt(parts), self.prepare(_without_text(parts))
-        params = GenParams.greedy(n_predict=n_predict)
+        check_whole("repeats", repeats, at_least=1)
+        parts = as_parts(prompt)
+        text, media = self.chat_prompt(parts), self.prepare(sources_of(parts))
+        params, model = GenParams.greedy(n_predict=n_predict), self.choose_weights(quant_llm)
         encode, context, steps, tokens = [], [], [], 0
         for _ in range(repeats):
             encode.append(self._encode_time(media))
-            *_, last = self.choose_weights(quant_llm).stream_prompt(text, media, params)
+            model.feature_cache.clear()
+            *_, last = model.stream_prompt(text, media, params)
             context.append(last["timing"]["context_time"])
             steps += last["timing"]["generation_time_list"]
             tokens = last["usage"]["prompt_tokens"]
@@ -214,11 +211,13 @@ class LlavaMetaForCausalLM:
         """[{"from": "human" or "gpt", "value": text or parts}] -> media and media_config.
 
         The parts are pictures (Pillow pictures or `Path`s), `Video`s and texts. `conversation` is
-        left as it is: `conversation_prompt` makes the prompt of the same parts.
+        left as it is: `conversation_prompt` makes the prompt of the same parts. Raises PromptError.
         """
-        values = [m["value"] for m in conversation]
-        parts = sum(([v] if isinstance(v, str) else list(v) for v in values), [])
-        sources = _without_text(parts)
+        for message in conversation:
+            if not isinstance(message, Mapping) or "value" not in message:
+                got = list(message) if isinstance(message, Mapping) else type(message).__name__
+                raise PromptError(f"a message must have 'from' and 'value', got {got}")
+        sources = sources_of(chain.from_iterable(as_parts(m["value"]) for m in conversation))
         prepared = self.prepare(sources)
         pictures = [m for m in prepared if m.kind == "image"]
         media = {
@@ -280,10 +279,6 @@ def expand_tiles(prompt: str, tiles: int | None) -> str:
 def tiles_of(media_config: Mapping[str, Any] | None) -> int | None:
     """How many tiles of one picture the pictures are, if they are."""
     return ((media_config or {}).get("image") or {}).get("tiles")
-
-
-def _without_text(parts: Sequence[Any]) -> list[Any]:
-    return [part for part in parts if not isinstance(part, str)]
 
 
 def _text(ids: Sequence[int], tokenizer) -> str:

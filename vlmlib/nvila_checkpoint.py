@@ -35,6 +35,7 @@ from .checkpoint import (
     Weights,
     blaming,
     check_depth,
+    check_dtype,
     check_layers,
     check_links,
     default_dtype,
@@ -127,7 +128,7 @@ class NVILAConfig:
         try:
             least = s2_sides(scales)[-1] ** 2 if scales else self.min_tiles
             tile_grids(least, self.max_tiles)
-        except (ShapeError, ZeroDivisionError) as e:
+        except ShapeError as e:
             numbers = f"s2_scales {self.s2_scales!r}, {self.min_tiles} to {self.max_tiles} tiles"
             raise CheckpointError(f"{numbers}: {e}") from None
         if self.dynamic_s2 and not -len(scales) <= at < len(scales):
@@ -182,6 +183,7 @@ def load_parts(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `LlavaMetaModel.init_vlm` takes, from a checkpoint's folder. Raises CheckpointError."""
+    check_dtype(dtype)
     check_links(folder)
     weights = nvila_weights(folder)
     if weights is None:

@@ -6,8 +6,10 @@ Sources: VILA:llava/model/llava_arch.py, llm-awq:tinychat/models/nvila/llava_arc
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ class LlavaMetaModel:
 
         Media tokens that the tokenizer lacks are added to it. Raises CheckpointError, ShapeError.
         """
-        self.config = config
+        self.config = replace(config)  # `post_config` writes into it
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.llm = (llm or Qwen2ForCausalLM(Qwen2Config(**config.llm_cfg))).eval()
@@ -88,8 +90,7 @@ class LlavaMetaModel:
         self.media_token_ids = {
             kind: tokenizer.convert_tokens_to_ids(token) for kind, token in MEDIA_TOKENS.items()
         }
-        if config.chat_template or not tokenizer.chat_template:
-            self.chat_template = CHAT_TEMPLATE
+        self.chat_template = _template(config, tokenizer)
         self.post_config()
 
     def post_config(self) -> None:
@@ -116,13 +117,16 @@ class LlavaMetaModel:
 
     def save_pretrained(self, output_dir: str | os.PathLike) -> None:
         """Write the folder that `load_pretrained` reads."""
-        folder = Path(output_dir)
-        nvila_checkpoint.save_llm(folder / "llm", self.llm, self.tokenizer)
+        folder, tokenizer = Path(output_dir), copy.copy(self.tokenizer)
+        if own := self.chat_template != _template(self.config, tokenizer):
+            tokenizer.chat_template = self.chat_template or tokenizer.chat_template
+        nvila_checkpoint.save_llm(folder / "llm", self.llm, tokenizer)
         tower = folder / "vision_tower"
         nvila_checkpoint.save_tower(tower, self.vision_tower, self.image_processor)
         nvila_checkpoint.save_projector(folder / "mm_projector", self.mm_projector)
         self.post_config()
-        nvila_checkpoint.save_config(folder, self.config)
+        config = replace(self.config, chat_template=None) if own else self.config
+        nvila_checkpoint.save_config(folder, config)
 
     def get_llm(self) -> Qwen2ForCausalLM:
         return self.llm
@@ -184,6 +188,11 @@ def _s2(tower: Any, config: Any) -> tuple[list[int], int]:
     if getattr(config, "dynamic_s2", False):
         return parse_scales(config.s2_scales), config.s2_resize_output_to_scale_idx
     return [], 0
+
+
+def _template(config: NVILAConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template in place of the tokenizer's own, as a checkpoint asks for it."""
+    return CHAT_TEMPLATE if config.chat_template or not tokenizer.chat_template else None
 
 
 def _headless(config: Mapping[str, Any]) -> SiglipVisionConfig:

@@ -29,7 +29,7 @@ from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
 from .errors import QuantizationError
 from .fusion import fuse
 from .int4 import Int4Config, Int4Linear, dequantize, grouped, linears_of, quantize
-from .model import Part, VisionLanguageModel
+from .model import Part, VisionLanguageModel, as_parts, sources_of
 from .streaming import stream
 
 SEARCHABLE = (LlamaModel, MistralModel, Qwen2Model)
@@ -68,7 +68,8 @@ def quantize_llm(
     Raises QuantizationError for a model that is quantised already, for a group size that is odd or
     below 2, for a search without prompts or in a decoder that is not one of SEARCHABLE.
     """
-    _check(model, group_size, calibration)
+    config = Int4Config(group_size=group_size)
+    _check(model, calibration)
     inputs = None if calibration is None else layer_inputs(model, calibration)
     net = _sharing_copy(model.net)
     layers = net.get_decoder().layers
@@ -80,13 +81,11 @@ def quantize_llm(
             search(layer, inputs.popleft(), group_size)
         if progress:
             progress(done, len(layers))
-    Int4Config(group_size=group_size).put_into(net)
+    config.put_into(net)
     return model.with_net(net)
 
 
-def _check(model: VisionLanguageModel, group_size: int, calibration: Sequence | None) -> None:
-    if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
-        raise QuantizationError(f"group_size must be even and at least 2, got {group_size!r}")
+def _check(model: VisionLanguageModel, calibration: Sequence | None) -> None:
     if any(isinstance(module, Int4Linear) for module in model.net.modules()):
         raise QuantizationError("the model has four-bit weights already")
     if calibration is None:
@@ -107,9 +106,9 @@ def _sharing_copy(net: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(net, shared)
 
 
-def rounded(linear: nn.Linear, group_size: int) -> Int4Linear:
-    """The layer with the nearest weights of four bits."""
-    numbers = quantize(linear.weight, group_size)
+def rounded(linear: nn.Linear, group_size: int, weight: Tensor | None = None) -> Int4Linear:
+    """The layer with the nearest weights of four bits, to its own or to others in their place."""
+    numbers = quantize(linear.weight if weight is None else weight, group_size)
     return Int4Linear.of(linear.in_features, *numbers, linear.bias)
 
 
@@ -144,11 +143,10 @@ def layer_inputs(
 
 def _answered(model: VisionLanguageModel, parts: Sequence[Part] | str) -> Tensor:
     """(1, n, d) input embeddings of a prompt and the model's own answer to it."""
-    parts = [parts] if isinstance(parts, str) else list(parts)
+    parts = as_parts(parts)
     chunks = stream(model, parts, n_predict=ANSWER_TOKENS, trace=0)
     said = [token.id for chunk in chunks for token in chunk.get("tokens", ())]
-    sources = [part for part in parts if not isinstance(part, str)]
-    ids, media = model.read(model.chat_prompt(parts), model.prepare(sources))
+    ids, media = model.read(model.chat_prompt(parts), model.prepare(sources_of(parts)))
     return fuse([*ids, *said], [model.encode(m) for m in media], model.embed)
 
 
@@ -242,10 +240,8 @@ def search(layer: nn.Module, calls: Sequence[Call], group_size: int) -> None:
     for group, seen in zip(GROUPS, watch(layer, calls), strict=True):
         weights = cut_weights(layer, group, seen, group_size)
         for name, weight in weights.items():
-            linear = layer.get_submodule(group.path(name))
-            numbers = quantize(weight, group_size)
-            new = Int4Linear.of(linear.in_features, *numbers, linear.bias)
-            layer.set_submodule(group.path(name), new)
+            linear = layer.get_submodule(path := group.path(name))
+            layer.set_submodule(path, rounded(linear, group_size, weight))
 
 
 def can_fold(layer: nn.Module, group: Group) -> bool:

@@ -117,7 +117,7 @@ class GenParams:
         try:
             return replace(self, **changes)
         except TypeError as e:
-            raise GenParamsError(str(e).replace("__init__()", "GenParams")) from None
+            raise GenParamsError(str(e).replace(".__init__()", "")) from None
 
     @property
     def is_greedy(self) -> bool:
@@ -192,6 +192,11 @@ class Sampler:
         return (self.probabilities(scores) / race).argmax(dim=-1, keepdim=True)
 
 
+def entropy(probabilities: Tensor) -> float:
+    """Of a (v,) distribution, in bits."""
+    return torch.special.entr(probabilities).sum().item() / math.log(2)
+
+
 def check_finite(logits: Tensor, step: int) -> None:
     """NaN or +inf in (1, v) logits is an error that says how many, where and in which dtype.
 
@@ -225,5 +230,6 @@ def _number(name, value, *, at_least=-math.inf, at_most=math.inf) -> None:
 
 def check_whole(name, value, *, at_least=-math.inf, at_most=math.inf) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
-        least = f" >= {at_least:g}" if at_least > -math.inf else ""
-        raise GenParamsError(f"{name} must be a whole number{least}, got {value!r}")
+        least = f" >= {at_least}" if at_least > -math.inf else ""
+        most = f" and <= {at_most}" if at_most < math.inf else ""
+        raise GenParamsError(f"{name} must be a whole number{least}{most}, got {value!r}")

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from .cache import KVCache
 from .decoding import Chunk
-from .model import Part, VisionLanguageModel, as_parts
+from .model import Part, VisionLanguageModel, as_parts, sources_of
 from .sampling import GenParams
 
 
@@ -43,10 +43,9 @@ def stream(
     """
     params = GenParams.greedy_unless(gen_params, **changes)
     parts = as_parts(parts)
-    pictures = [p for p in parts if not isinstance(p, str)]
     return model.stream_prompt(
         model.chat_prompt(parts),
-        model.prepare(pictures),
+        model.prepare(sources_of(parts)),
         params,
         start_pos=0 if cache is None else len(cache),
         chunk_prefilling=cache is not None,

@@ -45,6 +45,11 @@ def _stretched(image: Image.Image, grid: Size, tile: int) -> list[Image.Image]:
     return _crops(image.resize((cols * tile, rows * tile), Image.Resampling.BICUBIC), tile)
 
 
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ShapeError(f"a picture has at least 1 x 1 pixels, got {width} x {height}")
+
+
 def patch_boxes(
     rows: int,
     cols: int,
@@ -103,6 +108,7 @@ def dynamic_grid(
     width: int, height: int, min_num: int = 1, max_num: int = 12, image_size: int = 448
 ) -> Size:
     """The (cols, rows) that `dynamic_preprocess` stretches a picture of this size to."""
+    _check_size(width, height)
     grids = tile_grids(min_num, max_num)
     return find_closest_aspect_ratio(width / height, grids, width, height, image_size)
 
@@ -158,6 +164,8 @@ def dynamic_regions(
 
 def s2_sides(scales: Sequence[int]) -> list[int]:
     """Scales in pixels -> tiles a side; every scale must be a multiple of the first."""
+    if not scales or min(scales) < 1:
+        raise ShapeError(f"dynamic S2 needs scales of 1 pixel or more, got {list(scales)}")
     for scale in scales:
         if scale % scales[0]:
             raise ShapeError(f"scale {scale} is not a multiple of the first scale, {scales[0]}")
@@ -238,6 +246,7 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
     (height, width): swap those. Source: LLaVA:llava/mm_utils.py.
     """
     width, height = original_size
+    _check_size(width, height)
 
     def score(resolution: Size) -> tuple[int, int]:
         w, h = resolution

@@ -31,8 +31,10 @@ def tokenizer_image_token(
 
     What the tokenizer adds in front of a text (BOS) comes once in front, what it adds behind (EOS,
     if any) once behind; without `<image>` the result is `tokenizer(prompt).input_ids`. Returns a
-    list, or a (n,) LongTensor for `return_tensors="pt"`. Source: LLaVA:llava/mm_utils.py.
+    list, or a (n,) LongTensor for `return_tensors="pt"`. Raises PromptError.
+    Source: LLaVA:llava/mm_utils.py.
     """
+    check_text(prompt)
     front, back = _special_affixes(tokenizer)
     ids = list(front)
     for i, piece in enumerate(prompt.split(IMAGE_TOKEN)):

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .budget import image_tokens
-from .cache import KVCache
+from .cache import KVCache, common_prefix
 from .chat import Chat, Message
 from .course import visible
 from .decoding import Chunk, TokenTrace
@@ -50,7 +50,7 @@ from .media import Medium
 from .microscope import attention, heat_map, picture_weights
 from .model import VisionLanguageModel
 from .nvila_checkpoint import NVILAConfig
-from .sampling import GenParams, Sampler, check_finite
+from .sampling import GenParams, Sampler, check_finite, entropy
 from .streaming import TimeStats, stream
 from .tiling import dynamic_grid, dynamic_tiles
 
@@ -339,9 +339,7 @@ class ChatPanel(StreamPanel):
 
     def _kept(self, prompt_tokens: int) -> int:
         """What of the prompt was not fed; a stopped stream does not say, so compare the caches."""
-        now = self.chat.cache.content[: prompt_tokens - 1]
-        pairs = enumerate(zip(self._held, now, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self._held), len(now)))
+        return common_prefix(self._held, self.chat.cache.content[: prompt_tokens - 1])
 
     def _say(self, text: str) -> None:
         said = [(role, [p for p in parts if isinstance(p, str)]) for role, parts in self._earlier]
@@ -432,9 +430,9 @@ class SamplingPanel(w.VBox):
             labels.append(f"{len(others)} others")
             for column, values in zip(columns, (own, drawn, self.counts), strict=True):
                 column.append(values[others].sum().item())
-        bits = -torch.xlogy(drawn, drawn).sum().item() / torch.tensor(2.0).log().item()
         words = ", ".join(f"{x} {p:.1%}" for x, p in zip(labels, columns[1], strict=True))
-        possible = f"{int((drawn > 0).sum())} of {len(drawn)} tokens can be drawn, {bits:.2f} bits"
+        count, bits = int((drawn > 0).sum()), entropy(drawn)
+        possible = f"{count} of {len(drawn)} tokens can be drawn, {bits:.2f} bits"
         self.status.value = f'<span role="status">{possible}</span>'
         picture = show(distribution(labels, *columns), caption=possible, alt=words, width=640)
         self.plot.value = picture.img

@@ -18,7 +18,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +38,7 @@ from ..sampling import GenParams
 from .clips import CLIP_KINDS, clip_questions, frames, random_clip, write_video
 from .data import FRAMES, MIXES, Writer
 from .model import parts
+from .recipe import RECIPES
 from .scenes import (
     HELD_OUT,
     KINDS,
@@ -57,7 +58,7 @@ from .scenes import (
 GREEDY = GenParams.greedy(n_predict=128)
 PRINT_KINDS = ("read_print", "find_print")
 LOOKED_AT = 200
-"""Pictures for which the attention is looked at."""
+"""The first of the pictures, for which the attention is looked at."""
 
 Progress = Callable[[int, int], None]
 Change = Callable[[ImageSource], ImageSource]
@@ -159,9 +160,11 @@ def without_detail(picture: Image.Image, pixels: int = 112) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> list[float]:
+def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> tuple[list[float], int]:
     """For each layer: how often its attention, mean of all heads, peaks on the right thing when
     the model is about to say what is printed on it. The words before are those of the right answer.
+
+    Also returns for how many pictures: not of every one can that be asked.
     """
     hits, writer = [], Writer(model)
     for seed in seeds:
@@ -178,7 +181,7 @@ def attention_hits(model: VisionLanguageModel, seeds: Sequence[int]) -> list[flo
             x, y, radius = outline(thing, *picture.size)
             peaks = [peak(row, boxes, *picture.size) for row in torch.cat(seen, dim=-1)]
             hits.append([(px - x) ** 2 + (py - y) ** 2 <= radius**2 for px, py in peaks])
-    return torch.tensor(hits, dtype=torch.float).mean(dim=0).tolist() if hits else []
+    return torch.tensor(hits, dtype=torch.float).mean(dim=0).tolist() if hits else [], len(hits)
 
 
 def peak(weights: Tensor, boxes: Tensor, width: int, height: int) -> tuple[int, int]:
@@ -256,7 +259,8 @@ def measure(
         if is_tiled(model, seeds[0]):
             coarse = grade(model, "print", seeds, change=without_detail, progress=progress)
             numbers["print"]["without_detail"] = by_kind(coarse)
-        numbers["print"]["attention_hits"] = attention_hits(model, seeds[:LOOKED_AT])
+        hits, pictures = attention_hits(model, seeds[:LOOKED_AT])
+        numbers["print"] |= {"attention_hits": hits, "attention_pictures": pictures}
     return numbers
 
 
@@ -437,8 +441,8 @@ def model_card(
     known = [content for content in numbers if content in KNOWS and (content != "print" or tiled)]
     notes = ABLATION if tiled else ""
     if hits:
-        pictures = min(LOOKED_AT, small_print["shown"])
-        notes += LOOKED.format(hits=", ".join(f"{h:.0%}" for h in hits), pictures=pictures)
+        shares = ", ".join(f"{h:.0%}" for h in hits)
+        notes += LOOKED.format(hits=shares, pictures=small_print["attention_pictures"])
     return CARD.format(
         name=folder.name,
         folder=folder.as_posix(),
@@ -493,13 +497,7 @@ def _training(log: Path) -> str:
     losses = [entry for entry in entries if "loss" in entry]
     recipe = starts[-1]["recipe"]
     asked = " and then ".join(dict.fromkeys(str(entry["recipe"]["asked"]) for entry in starts))
-    commands = "\n".join(
-        f"python -m vlmlib.tiny.train --model {entry['recipe'].get('model', 'tiny-llava')}"
-        f" --out DIR --steps {entry['recipe']['steps']}"
-        + (f" --start {entry['started_from']}" if entry.get("started_from") else "")
-        + (f" --resume  # from step {entry['start']:,}" if entry["start"] else "")
-        for entry in starts
-    )
+    commands = "\n".join(map(_command, starts))
     return (
         f"{_origin(starts)}, in {_seconds(entries) / 60:.0f} minutes on "
         f"{starts[-1]['machine']}:\n\n```\n{commands}\n```\n\n"
@@ -508,6 +506,21 @@ def _training(log: Path) -> str:
         f"colour, size and print of every patch; then all parts learnt from about {asked} "
         f"questions about each picture. Loss per answer token: {losses[0]['loss']:.2f} when that "
         f"began, {losses[-1]['loss']:.4f} at the end.{_reweighted(starts)}"
+    )
+
+
+def _command(start: dict) -> str:
+    """What a part of the run was begun with, by its entry in the log."""
+    recipe = start["recipe"]
+    model = recipe.get("model", "tiny-llava")
+    usual = asdict(RECIPES[model]) | {"steps": None}  # always told: a resumed run has its own
+    changes = {name: recipe[name] for name in usual if recipe.get(name, usual[name]) != usual[name]}
+    numbers = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changes.items())
+    return (
+        f"python -m vlmlib.tiny.train --model {model} --out DIR{numbers}"
+        + (f" --start {start['started_from']}" if start.get("started_from") else "")
+        + " --compile" * start.get("compile", False)
+        + (f" --resume  # from step {start['start']:,}" if start["start"] else "")
     )
 
 
@@ -546,6 +559,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     if options.seed + options.scenes > len(HELD_OUT):
         raise SystemExit(f"only the seeds below {len(HELD_OUT)} are held out")
+    names = [folder.name for folder in options.checkpoint]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SystemExit(f"two folders have the name {', '.join(twice)}: measure them one by one")
     everything = {}
     for folder in options.checkpoint:
         if options.formats:

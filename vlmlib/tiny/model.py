@@ -11,7 +11,6 @@ parts are as large in all three, so that what one has learnt can start another (
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
-    GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -33,7 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..checkpoint import write_json
 from ..images import ImageProcessor
 from ..internvl import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, InternVL
 from ..llava import Llava
@@ -49,8 +49,7 @@ PIXELS, PATCH, LAYERS = 112, 14, 4
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
 FOLDED_TOKENS = IMAGE_TOKENS // 4
 MAX_TILES = 9
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}"
@@ -352,31 +351,17 @@ def _write_llava(model: Llava, folder: Path) -> None:
     processor.save_pretrained(folder)
     pictures.save_pretrained(folder)
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")
-    text = json.dumps({name: getattr(tokenizer, name) for name in names}, indent=2)
-    (folder / "special_tokens_map.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _write_nvila(model: NVILA, folder: Path) -> None:
-    model.save_pretrained(folder)
+    text = {name: getattr(tokenizer, name) for name in names}
+    write_json(folder / "special_tokens_map.json", text)
 
 
 def _write_internvl(model: InternVL, folder: Path) -> None:
-    processor = model.image_processor
-    model.net.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    GotOcr2ImageProcessorPil(
-        size={"height": PIXELS, "width": PIXELS},
-        image_mean=list(MEAN),
-        image_std=list(STD),
-        crop_to_patches=True,
-        min_patches=processor.min_patches,
-        max_patches=processor.max_patches,
-    ).save_pretrained(folder)
+    model.save_pretrained(folder)
     text = {"processor_class": "InternVLProcessor", "image_seq_length": FOLDED_TOKENS}
-    (folder / "processor_config.json").write_text(json.dumps(text, indent=2) + "\n")
+    write_json(folder / "processor_config.json", text)
 
 
-WRITERS = {"llava": _write_llava, "nvila": _write_nvila, "internvl": _write_internvl}
+WRITERS = {"llava": _write_llava, "nvila": NVILA.save_pretrained, "internvl": _write_internvl}
 
 
 @torch.no_grad()

@@ -751,32 +751,18 @@ def example_scenes() -> dict[str, Scene]:
     }
 
 
-def _answered_by(checkpoint: Path) -> Callable[[Image.Image, QA], bool]:
-    """A test whether the model of this folder answers a question right."""
-    from ..loading import load  # the drawing itself needs no torch
-    from ..streaming import answer
-
-    model = load(checkpoint, device="cpu")
-    return lambda picture, qa: answer(model, [picture, qa.question]) == qa.answer
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the example pictures.")
     parser.add_argument("--out", type=Path, default=Path("data/images"))
     parser.add_argument("--size", type=int, default=336, help="side of plain scenes in pixels")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="list of plain scenes only what this model answers right"
-    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    right = _answered_by(options.checkpoint) if options.checkpoint else lambda picture, qa: True
     described = {}
     for name, scene in example_scenes().items():
         detailed = any(thing.print for thing in scene.things)
         picture = draw(scene, None if detailed else options.size)
         picture.save(options.out / f"{name}.png", optimize=True)
-        asked = questions(scene, random.Random(0))
-        pairs = [asdict(qa) for qa in asked if detailed or right(picture, qa)]
+        pairs = [asdict(qa) for qa in questions(scene, random.Random(0))]
         described[f"{name}.png"] = {"scene": scene.to_dict(), "questions": pairs}
     text = json.dumps(described, indent=1) + "\n"
     (options.out / "scenes.json").write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,73 +43,10 @@ from ..tokenization import IMAGE_TOKEN_INDEX
 from .data import IGNORE, MIXES, PATCH_CLASSES, Batch, Stream, attention_mask
 from .evaluate import by_kind, grade, machine
 from .model import BUILDERS, build, parts, save, warm_start
+from .recipe import RECIPES, Recipe
 from .scenes import VALIDATION
 
 Report = Callable[[dict], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """All choices of a run."""
-
-    model: str = "tiny-llava"
-    steps: int = 7_000
-    look_steps: int = 2_000
-    batch_size: int = 32
-    asked: int = 10
-    seed: int = 0
-    muon_rate: float = 0.01
-    adamw_rate: float = 2e-3
-    weight_decay: float = 0.01
-    warm_up: int = 100
-    flat_until: float = 0.7
-    patch_loss: float = 1.0
-    patch_loss_until: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.asked < 1:
-            raise ValueError(f"batch_size and asked must be 1 or more: {self}")
-        if not 0 <= self.look_steps < self.steps:
-            raise ValueError(f"look_steps must be 0 or more and below steps: {self}")
-
-    def looking(self, step: int) -> bool:
-        """In the first steps the tower learns alone, from the patch loss."""
-        return step < self.look_steps
-
-    def rate(self, step: int) -> float:
-        """Share of the full learning rate: warm-up in both phases, flat, then linear to zero."""
-        left = (self.steps - step) / (self.steps * (1 - self.flat_until))
-        since = step if self.looking(step) else step - self.look_steps
-        return min(1.0, (since + 1) / self.warm_up, left)
-
-    def patch_weight(self, step: int) -> float:
-        """Weight of the patch loss: full while looking, then fading to zero."""
-        speaking = (step - self.look_steps) / (self.steps - self.look_steps)
-        return self.patch_loss * min(1.0, max(0.0, 1 - speaking / self.patch_loss_until))
-
-
-RECIPES = {
-    "tiny-llava": Recipe(),
-    "tiny-internvl": Recipe(
-        "tiny-internvl",
-        steps=8_000,
-        look_steps=2_000,
-        batch_size=24,
-        flat_until=0.6,
-        patch_loss_until=0.8,
-    ),
-    "tiny-nvila": Recipe(
-        "tiny-nvila",
-        steps=2_500,
-        look_steps=200,
-        batch_size=24,
-        flat_until=0.5,
-        patch_loss_until=0.8,
-    ),
-}
-"""tiny-llava begins with nothing, each other one (`--start`) with what the one before it learnt.
-These take fewer pictures a step, each of many tiles.
-"""
 
 
 class PatchReader(nn.Module):
@@ -445,7 +382,8 @@ def train(options: argparse.Namespace) -> None:
         done = trainer.step - first
         left = (recipe.steps - trainer.step) * (time.monotonic() - began) / max(1, done)
         print(f"{json.dumps(entry)}  ({left / 60:.0f} minutes left)", flush=True)
-        losses.append(entry.get("loss", losses[-1] if losses else float("nan")))
+        if "loss" in entry:
+            losses.append(entry["loss"])
 
     def checkpoint() -> None:
         save_state(trainer, state_path(options.out))
@@ -461,27 +399,50 @@ def train(options: argparse.Namespace) -> None:
                 "recipe": asdict(recipe),
                 "mix": {name: asdict(share) for name, share in MIXES[trainer.model.family].items()},
                 "started_from": options.start and options.start.as_posix(),
+                "compile": options.compile,
                 "machine": machine(options.threads),
             }
         )
     run(trainer, report, checkpoint, minutes=options.minutes, workers=options.workers)
-    if options.minutes and losses and not losses[-1] < 0.5 * losses[1]:
-        raise SystemExit(f"the loss fell from {losses[1]:.2f} to {losses[-1]:.2f} only")
+    if options.minutes and not part()[0]:
+        if not losses:
+            raise SystemExit("no answer was learnt from: give it more minutes, or --look-steps 0")
+        if not losses[-1] < 0.5 * losses[0]:
+            raise SystemExit(f"the loss fell from {losses[0]:.2f} to {losses[-1]:.2f} only")
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of a fresh run; a run against the clock starts to answer at once."""
-    usual = RECIPES[options.model]
-    given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
-    given = {name: value for name, value in given.items() if value is not None}
+    usual, given = RECIPES[options.model or Recipe().model], _given(options)
     steps = given.get("steps", usual.steps)
     look_steps = 0 if options.minutes else min(usual.look_steps, steps // 3)
     return replace(usual, **{"look_steps": look_steps, **given})
 
 
+def _given(options: argparse.Namespace) -> dict:
+    """Those fields of the recipe that the command line names."""
+    given = {f.name: getattr(options, f.name) for f in fields(Recipe)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _changed(options: argparse.Namespace) -> list[str]:
+    """Options that are not those of the run that is to be resumed; of these only --steps may be."""
+    state, log = state_path(options.out), options.out / "training_log.jsonl"
+    if not state.exists():
+        return []  # `load_trainer` says it
+    recipe = Recipe(**torch.load(state, weights_only=True, mmap=True)["recipe"])
+    given = _given(options).items()
+    names = [name for name, value in given if value != getattr(recipe, name) and name != "steps"]
+    if options.start and log.exists():
+        begun = json.loads(log.open(encoding="utf-8").readline()).get("started_from", options.start)
+        if begun is None or Path(begun).resolve() != options.start.resolve():
+            names.append("start")
+    return [f"--{name.replace('_', '-')}" for name in names]
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small model.")
-    parser.add_argument("--model", choices=tuple(BUILDERS), default="tiny-llava")
+    parser.add_argument("--model", choices=tuple(BUILDERS), help=f"default {Recipe().model}")
     parser.add_argument("--start", type=Path, help="folder of the small model to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     cores = os.cpu_count() or 1
@@ -494,7 +455,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compile", action="store_true", help="the layers: faster, and needs a C++ compiler"
     )
     parser.add_argument("--minutes", type=float, help="stop then; fail unless the loss halved")
-    parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the saved state; only --steps may change"
+    )
     numbers = parser.add_argument_group("numbers of the recipe")
     for field in fields(Recipe):
         if field.name != "model":
@@ -503,7 +466,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 dict.fromkeys(f"{getattr(r, field.name):g}" for r in RECIPES.values())
             )
             numbers.add_argument(option, type=type(field.default), help=f"default {usual}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.resume and (changed := _changed(options)):
+        parser.error(
+            f"{state_path(options.out)} was begun with another {', '.join(changed)}; of a resumed "
+            "run only --steps may change"
+        )
+    return options
 
 
 if __name__ == "__main__":
