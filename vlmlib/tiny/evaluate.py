@@ -400,7 +400,7 @@ print(vlmlib.answer(model, [picture, "What is left of the red circle?"]))
 {training}
 
 Training data and what is measured below come from different seeds, and content with the same
-things at the same places as measured content is left out of training.
+things at the same places as measured content is left out of training: {reserved}.
 
 ## Measured
 
@@ -443,6 +443,9 @@ def model_card(
     if hits:
         shares = ", ".join(f"{h:.0%}" for h in hits)
         notes += LOOKED.format(hits=shares, pictures=small_print["attention_pictures"])
+    reserved = "scenes, with small print and without"
+    if "clip" in numbers:
+        reserved += ", also where a clip begins or ends, and clips"
     return CARD.format(
         name=folder.name,
         folder=folder.as_posix(),
@@ -454,6 +457,7 @@ def model_card(
         sizes=_sizes(folder, model),
         unread="" if model.family == "internvl" else UNREAD,
         training=_training(folder / "training_log.jsonl"),
+        reserved=reserved,
         command=command,
         pixels=pixels,
         machine=machine(torch.get_num_threads()),
