@@ -66,13 +66,9 @@ def test_all_attention_is_torch_s_own(family, monkeypatch):
         "scaled_dot_product_attention",
         lambda *args, **kw: calls.append(args) or fused(*args, **kw),
     )
-    model.turn(*_asked(model)).prefill()
+    logits(model)
     layers = [m for m in model.whole_net.modules() if type(m).__name__.endswith("Attention")]
     assert len(calls) == len(layers) > 2
-
-
-def _asked(model):
-    return model.chat_prompt([PICTURE, "What is this?"]), model.prepare([PICTURE])
 
 
 def test_a_second_turn_is_fed_in_pieces_too():
