@@ -12,6 +12,7 @@ from PIL import Image
 from vlmlib.course import visible
 from vlmlib.decoding import TokenTrace
 from vlmlib.figures import (
+    accuracy,
     axes,
     choices,
     context_bars,
@@ -117,3 +118,24 @@ def test_heat_is_where_the_weights_are():
     assert paint.get_array()[..., 3].tolist() == [[0, 230], [115, 0]]
     assert grey.get_extent() == paint.get_extent() == [0, 40, 20, 0]
     heat(ax, noise(4, 4), [[0.0]])  # nothing anywhere
+
+
+def test_accuracy_is_drawn_where_it_was_measured():
+    def measured(right, n, tokens):
+        kinds = {"read_print": {"n": n, "right": right}}
+        return {"print": {"kinds": kinds, "tokens": tokens, "chance": {"read_print": 0.02}}}
+
+    few = measured(0.0, 100, {"min": 64, "mean": 64, "max": 64})
+    many = measured(1.0, 900, {"min": 80, "mean": 120, "max": 160})
+    plain = {"scene": {"kinds": {"caption": {"n": 3, "right": 1.0}}}}
+    (ax,) = accuracy({"few": few, "plain": plain, "many": many}).axes
+    points = [tuple(float(v[0]) for v in box.lines[0].get_data()) for box in ax.containers]
+    assert points == [(64, 0), (120, 100)]
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["by chance, 2.0%", "few, 0.0%", "many, 100.0%"]
+    low, high = (
+        segment[:, 1] for box in ax.containers for segment in box.lines[2][1].get_segments()
+    )
+    assert low[0] == pytest.approx(0) and 3 < low[1] < 4, "none of 100 is not never"
+    assert high[1] == pytest.approx(100) and 99.5 < high[0] < 100
+    assert ax.get_xlim()[1] > 160

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from functools import cache
 
 import numpy as np
@@ -753,6 +754,19 @@ def test_all_is_measured_and_in_the_card(name, folders, monkeypatch):
     for word in ("**Small print**", "**Clips**", "without detail", "visual tokens", "# " + name):
         assert word in card
     json.dumps(numbers)
+
+
+def test_tables_and_a_figure_are_saved(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmlib.tiny.evaluate.GREEDY", vlmlib.GenParams.greedy(n_predict=4))
+    copies = [shutil.copytree(folders / name, tmp_path / name) for name in BUILDERS]
+    options = ["--scenes", "2", "--content", "print", "--save", str(tmp_path / "saved")]
+    evaluate.main([*map(str, copies), *options])
+    numbers = json.loads((tmp_path / "saved" / "evaluation.json").read_text())
+    assert numbers.keys() == {copy.name for copy in copies}
+    words = (tmp_path / "saved" / "evaluation.md").read_text()
+    assert all(name in words for name in numbers)
+    assert (tmp_path / "saved" / "small-print.png").read_bytes().startswith(b"\x89PNG")
+    assert all("**Small print**" in (copy / "README.md").read_text() for copy in copies)
 
 
 def test_folders_of_one_name_are_not_measured_together(tmp_path):

@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,6 +165,39 @@ def step_times(result: Mapping[str, Any], *, width: float = 7.0) -> Figure:
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     ax.invert_yaxis()
     return figure
+
+
+def accuracy(evaluation: Mapping[str, Any], *, width: float = 7.0) -> Figure:
+    """How often every model that `vlmlib.tiny.evaluate` measured reads small print, against the
+    visual tokens of a picture: their mean and range; shares with 95 % intervals (Wilson's).
+    """
+    read = {name: m["print"] for name, m in evaluation.items() if "read_print" in _kinds(m)}
+    labels = {"xlabel": "visual tokens of a picture", "ylabel": "small print read right, %"}
+    figure, ax = axes(width, 2.8, **labels, ylim=(-5, 107))
+    for number, (name, part) in enumerate(read.items()):
+        asked, tokens = part["kinds"]["read_print"], part["tokens"]
+        share, mean = asked["right"], tokens["mean"]
+        low, high = _interval(share, asked["n"])
+        across = [[mean - tokens["min"]], [tokens["max"] - mean]]
+        up = [[100 * (share - low)], [100 * (high - share)]]
+        words = {"label": f"{name}, {share:.1%}", "color": PALETTE[number % len(PALETTE)]}
+        ax.errorbar(mean, 100 * share, up, across, "o", capsize=3, **words)
+    for chance in {part["chance"]["read_print"] for part in read.values()}:
+        ax.axhline(100 * chance, color=GREY, ls="--", lw=1, label=f"by chance, {chance:.1%}")
+    ax.set_xlim(0, 1.1 * max((part["tokens"]["max"] for part in read.values()), default=1))
+    ax.legend(frameon=False, loc="center left")
+    return figure
+
+
+def _kinds(measured: Mapping[str, Any]) -> Mapping[str, Any]:
+    return measured.get("print", {}).get("kinds", {})
+
+
+def _interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share seen in `n` tries; also right near 0 and 1."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return min(share, middle - half), max(share, middle + half)  # rounding apart, they enclose it
 
 
 def distribution(

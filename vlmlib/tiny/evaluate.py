@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import microscope
 from ..budget import image_tokens
+from ..figures import accuracy, png_of
 from ..images import ImageSource
 from ..loading import load
 from ..media import Video
@@ -580,6 +581,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (options.save / "evaluation.json").write_text(text, encoding="utf-8")
         words = table(everything) + "\n"
         (options.save / "evaluation.md").write_text(words, encoding="utf-8")
+        if any("print" in numbers for numbers in everything.values()):
+            (options.save / "small-print.png").write_bytes(png_of(accuracy(everything)))
 
 
 def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
@@ -636,7 +639,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--formats", action="store_true", help="compare 32, 16 and 4 bits a weight; no card"
     )
-    parser.add_argument("--save", type=Path, help="folder for evaluation.json and evaluation.md")
+    parser.add_argument("--save", type=Path, help="folder for tables and a figure")
     return parser.parse_args(arguments)
 
 
