@@ -760,7 +760,8 @@ def test_tables_and_a_figure_are_saved(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmlib.tiny.evaluate.GREEDY", vlmlib.GenParams.greedy(n_predict=4))
     copies = [shutil.copytree(folders / name, tmp_path / name) for name in BUILDERS]
     options = ["--scenes", "2", "--content", "print", "--save", str(tmp_path / "saved")]
-    evaluate.main([*map(str, copies), *options])
+    evaluate.main([*map(str, copies[:2]), *options])
+    evaluate.main([str(copies[2]), *options])  # the others stay
     numbers = json.loads((tmp_path / "saved" / "evaluation.json").read_text())
     assert numbers.keys() == {copy.name for copy in copies}
     words = (tmp_path / "saved" / "evaluation.md").read_text()

@@ -576,13 +576,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             everything[folder.name] = _measure_and_write_card(folder, options)
     if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(everything, indent=1) + "\n"
-        (options.save / "evaluation.json").write_text(text, encoding="utf-8")
-        words = table(everything) + "\n"
-        (options.save / "evaluation.md").write_text(words, encoding="utf-8")
-        if any("print" in numbers for numbers in everything.values()):
-            (options.save / "small-print.png").write_bytes(png_of(accuracy(everything)))
+        _save(everything, options.save)
+
+
+def _save(everything: dict[str, dict], folder: Path) -> None:
+    """Write the numbers, their table and the figure; models measured earlier stay in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "evaluation.json"
+    if file.exists():
+        everything = json.loads(file.read_text(encoding="utf-8")) | everything
+    file.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    (folder / "evaluation.md").write_text(table(everything) + "\n", encoding="utf-8")
+    if any("print" in numbers for numbers in everything.values()):
+        (folder / "small-print.png").write_bytes(png_of(accuracy(everything)))
 
 
 def _measure_and_write_card(folder: Path, options: argparse.Namespace) -> dict:
@@ -639,7 +645,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--formats", action="store_true", help="compare 32, 16 and 4 bits a weight; no card"
     )
-    parser.add_argument("--save", type=Path, help="folder for tables and a figure")
+    parser.add_argument("--save", type=Path, help="folder for the table, a figure and the numbers")
     return parser.parse_args(arguments)
 
 
