@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 from helpers import noise
 from matplotlib.colors import to_hex, to_rgb
@@ -12,6 +13,7 @@ from PIL import Image
 from vlmlib.course import visible
 from vlmlib.decoding import TokenTrace
 from vlmlib.figures import (
+    ORANGE,
     accuracy,
     axes,
     choices,
@@ -19,9 +21,13 @@ from vlmlib.figures import (
     distribution,
     heat,
     png_of,
+    principal_colours,
+    scales,
     show,
     sureness,
     tiling,
+    timeline,
+    touched,
 )
 
 WORDS = {"caption": "A caption.", "alt": "what is there"}
@@ -63,6 +69,22 @@ def test_every_tile_is_numbered(grid, thumbnail):
     assert numbers == [str(i + 1) for i in range(grid[0] * grid[1] + thumbnail)]
     assert len(left.images) == 1 and len(right.images) == 1 + thumbnail
     assert opened(show(figure, **WORDS)).width == 720
+
+
+def test_a_timeline_tells_time_and_order():
+    frames, times = [noise(64, 48, seed) for seed in range(10)], [i / 4 for i in range(10)]
+    (ax,) = timeline(frames, times).axes
+    assert [text.get_text() for text in ax.texts] == [f"{t:.2f} s" for t in times]
+    figure = timeline(frames, times, [7, 2, 2, 9])
+    (ax,) = figure.axes
+    words = [text.get_text() for text in ax.texts]
+    for time, place in (("1.75 s", "1"), ("0.50 s", "2, 3"), ("2.25 s", "4")):
+        assert words[words.index(time) + 1] == place
+    outlined = [to_hex(patch.get_edgecolor()) == ORANGE.lower() for patch in ax.patches]
+    clear = [image.get_alpha() == 1 for image in ax.images]
+    assert outlined == clear == [i in (7, 2, 9) for i in range(10)]
+    tops = {round(image.get_extent()[3], 6) for image in ax.images}
+    assert len(tops) == 2 and opened(show(figure, **WORDS)).width == 1050
 
 
 def test_what_does_not_fit_stands_out():
@@ -118,6 +140,47 @@ def test_heat_is_where_the_weights_are():
     assert paint.get_array()[..., 3].tolist() == [[0, 230], [115, 0]]
     assert grey.get_extent() == paint.get_extent() == [0, 40, 20, 0]
     heat(ax, noise(4, 4), [[0.0]])  # nothing anywhere
+
+
+def test_colours_are_the_directions_of_most_difference():
+    rng = np.random.default_rng(0)
+    strong = rng.normal(size=(4, 6, 3)) * [9, 5, 3]
+    features = np.concatenate([rng.normal(size=(4, 6, 5)) / 10, strong], axis=-1)
+    colours = principal_colours(features)
+    assert colours.shape == (4, 6, 3) and 0 <= colours.min() < 0.1 < 0.9 < colours.max() <= 1
+    for k in range(3):
+        one, other = colours[..., k].flatten(), strong[..., k].flatten()
+        assert abs(np.corrcoef(one, other)[0, 1]) > 0.9
+    np.testing.assert_allclose(principal_colours(-features), colours, atol=1e-9)
+    np.testing.assert_allclose(principal_colours(features + 7), colours, atol=1e-9)
+
+
+def test_where_nothing_differs_all_is_grey():
+    assert (principal_colours(np.ones((3, 5, 4))) == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("box", "patches"),
+    [
+        ((0, 0, 1, 1), (0, 0, 8, 6)),
+        ((1 / 12, 1 / 6, 2 / 12, 2 / 6), (0, 1, 2, 2)),
+        ((0.5, 0.5, 0.625, 1), (4, 3, 5, 6)),
+    ],
+)
+def test_patches_under_a_box(box, patches):
+    assert touched(box, rows=6, cols=8) == patches
+
+
+def test_scales_stand_side_by_side():
+    maps = [np.random.default_rng(0).normal(size=(2 * r, 2 * c, 4)) for r, c in [(1, 1), (2, 3)]]
+    figure = scales(noise(60, 40), [(1, 1), (2, 3)], maps, tile=20, box=(0.5, 0.5, 0.6, 0.7))
+    assert [ax.get_title() for ax in figure.axes] == ["20 × 20 pixels", "60 × 40 pixels", "", ""]
+    assert [ax.images[0].get_array().shape[:2] for ax in figure.axes] == [
+        *((20, 20), (40, 60), (2, 2), (4, 6))
+    ]
+    framed = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in figure.axes[3].patches]
+    assert framed == [pytest.approx((30, 20, 10, 10))] * 2
+    assert not scales(noise(6, 4), [(1, 1)], maps[:1], tile=4).axes[0].patches
 
 
 def test_accuracy_is_drawn_where_it_was_measured():

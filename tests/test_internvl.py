@@ -632,6 +632,8 @@ def test_frames_given_as_pictures(model):
     (medium,) = model.prepare([Video(frames, 4)])
     assert greys(medium) == get_index(None, 1.0, 11, 0, 4)
     assert torch.equal(medium.pixels, model.prepare([Video(CLIP, 4)])[0].pixels)
+    (medium,) = model.prepare([Video(frames[::-1], 12)])
+    assert greys(medium) == list(range(12))[::-1], "as many as there are: each of them once"
     for wrong in (Video([]), Video(frames, 2, (0, 1))):
         with pytest.raises(VideoError, match="list of frames"):
             model.prepare([wrong])

@@ -10,7 +10,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, floor, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -346,7 +346,7 @@ def tiling(
     return figure
 
 
-def _with_borders(ax: Axes, image: Image.Image, box, grid: tuple[int, int], colour: str) -> None:
+def _with_borders(ax: Axes, image: Any, box, grid: tuple[int, int], colour: str) -> None:
     """A picture stretched to the box (left, top, right, bottom), cut into a grid by lines."""
     left, top, right, bottom = box
     ax.imshow(image, extent=(left, right, bottom, top), aspect="equal", interpolation="antialiased")
@@ -358,6 +358,44 @@ def _with_borders(ax: Axes, image: Image.Image, box, grid: tuple[int, int], colo
         ax.vlines(x, top, bottom, color=ground, lw=lw)
         ax.hlines(y, left, right, color=ground, lw=lw)
     ax.axis("off")
+
+
+def timeline(
+    frames: Sequence[Image.Image],
+    times: Sequence[float],
+    chosen: Sequence[int] | None = None,
+    *,
+    columns: int = 8,
+    width: float = 7.0,
+) -> Figure:
+    """Frames of a clip in rows, each over its time in seconds.
+
+    `chosen` are indices of frames in the order in which a model gets them: these are outlined, with
+    their places in that order above them, and all others are pale.
+    """
+    high = frames[0].height / frames[0].width
+    edge, below, above = 0.04, 0.22, 0.04 if chosen is None else 0.22
+    row_height, rows = above + high + below, -(-len(frames) // columns)
+    figure = Figure(figsize=(width, width / columns * rows * row_height))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(rows * row_height, 0))
+    ax.set_autoscale_on(False)
+    ax.axis("off")
+    for i, (frame, time) in enumerate(zip(frames, times, strict=True)):
+        left, top = i % columns + edge, i // columns * row_height + above
+        right, bottom = left + 1 - 2 * edge, top + high * (1 - 2 * edge)
+        places = [str(k) for k, j in enumerate(chosen or (), start=1) if j == i]
+        pale = 0.3 if chosen is not None and not places else 1.0
+        ax.imshow(frame, extent=(left, right, bottom, top), aspect="auto", alpha=pale)
+        style = {"ha": "center", "va": "center", "fontsize": 8}
+        at = (left + right) / 2, bottom + below / 2
+        ax.text(*at, f"{time:.2f} s", color="black" if pale == 1 else GREY, **style)
+        colour, lw = (ORANGE, 2.5) if places else ("#D5D5D5", 0.8)
+        corner, size = (left, top), (right - left, bottom - top)
+        ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, lw=lw))
+        if places:
+            order = ", ".join(places)
+            ax.text(at[0], top - above / 2, order, color=ORANGE, weight="bold", **style)
+    return figure
 
 
 def context_bars(tokens: Mapping[str, int], context: int, *, width: float = 7.0) -> Figure:
@@ -375,3 +413,67 @@ def context_bars(tokens: Mapping[str, int], context: int, *, width: float = 7.0)
     ax.set_xlim(0, 1.18 * max(context, *counts))
     ax.invert_yaxis()
     return figure
+
+
+def principal_colours(features: Any) -> np.ndarray:
+    """(..., c) features -> (..., 3) colours: how far each lies along the three directions in which
+    they differ most, as red, green and blue between 0 and 1. The colours of one call compare.
+    """
+    features = np.asarray(features, dtype=float)
+    flat = features.reshape(-1, features.shape[-1])
+    flat = flat - flat.mean(axis=0)
+    along = flat @ np.linalg.svd(flat, full_matrices=False)[2][:3].T
+    along *= np.sign(along[abs(along).argmax(axis=0), range(3)])  # a direction has two ends
+    reach = np.quantile(abs(along), 0.97, axis=0).clip(1e-9)
+    return (along / reach / 2 + 0.5).clip(0, 1).reshape(*features.shape[:-1], 3)
+
+
+def scales(
+    image: Image.Image,
+    grids: Sequence[tuple[int, int]],
+    maps: Sequence[Any],
+    *,
+    tile: int,
+    box: Sequence[float] | None = None,
+    width: float = 7.0,
+) -> Figure:
+    """A picture at several scales: above, as sharp as it is there, under the borders of its
+    (rows, cols) tiles of `tile` pixels a side; below, its (h, w, c) features in colours.
+
+    box   (left, top, right, bottom) of a place, the picture reaching from 0 to 1: it is outlined,
+          and below it the patches that it touches
+    """
+    size, whole = (image.width, image.height), (0, 0, image.width, image.height)
+    height = min(2 * width / len(grids) * image.height / image.width, width) + 0.2
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panes = figure.subplots(2, len(grids), squeeze=False).T
+    flat = np.concatenate([np.asarray(m).reshape(-1, m.shape[-1]) for m in maps])
+    ends = np.cumsum([m.shape[0] * m.shape[1] for m in maps])
+    coloured = np.split(principal_colours(flat), ends[:-1])
+    for (above, below), (rows, cols), m, colours in zip(panes, grids, maps, coloured, strict=True):
+        seen = image.resize((cols * tile, rows * tile), Image.Resampling.BICUBIC)
+        _with_borders(above, seen, whole, (cols, rows), GREY)
+        above.set_title(f"{seen.width} × {seen.height} pixels")
+        h, w, _ = m.shape
+        _with_borders(below, colours.reshape(h, w, 3), whole, (1, 1), GREY)
+        if box is not None:
+            _outline(above, box, size)
+            left, top, right, bottom = touched(box, h, w)
+            _outline(below, (left / w, top / h, right / w, bottom / h), size)
+    return figure
+
+
+def touched(box: Sequence[float], rows: int, cols: int) -> tuple[int, int, int, int]:
+    """Which patches of a grid are touched by a box (left, top, right, bottom) from 0 to 1: the
+    first column and row, and those behind the last.
+    """
+    left, top, right, bottom = np.asarray(box) * (cols, rows, cols, rows)
+    return floor(left + 1e-3), floor(top + 1e-3), ceil(right - 1e-3), ceil(bottom - 1e-3)
+
+
+def _outline(ax: Axes, box: Sequence[float], size: tuple[float, float]) -> None:
+    """A frame around a box, 0 to 1, of something of a size; visible on any ground."""
+    left, top, right, bottom = np.asarray(box) * (*size, *size)
+    for colour, width in (("white", 4), ("black", 1.5)):
+        frame = {"fill": False, "edgecolor": colour, "linewidth": width, "clip_on": False}
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))

@@ -190,8 +190,12 @@ class InternVL(VisionLanguageModel):
 
 
 def frame_indices(video: Video, n: int, fps: float) -> list[int]:
-    """Which of a clip's n frames to look at: by default NUM_FRAMES of a file, and all of a list."""
-    if not video.is_file and video.num_frames is None:
+    """Which of a clip's n frames to look at: by default NUM_FRAMES of a file, and all of a list.
+
+    A list of as many frames as are wanted is taken as it is; the middles of its parts would give
+    one frame twice, and the last one never.
+    """
+    if not video.is_file and video.num_frames in (None, n):
         return list(range(n))
     num = NUM_FRAMES if video.num_frames is None else video.num_frames
     return get_index(video.bound, fps, n - 1, num_segments=num)

@@ -1,6 +1,6 @@
 """Panels for JupyterLab: drive a stream or a chat with buttons and sliders, and stop it any time;
-try sizes of pictures and ways of sampling, and see at once what they change; or look at each token
-of an answer, and send the answer another way.
+choose the frames of a clip; try sizes of pictures and ways of sampling, and see at once what they
+change; or look at each token of an answer, and send the answer another way.
 
 A stream runs in one thread of its own, because a callback that loops would keep the kernel from
 hearing the Stop button. The thread looks at an event between tokens, writes text at most fifteen
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import html
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from transformers import PretrainedConfig
 from .budget import image_tokens
 from .cache import KVCache, common_prefix
 from .chat import Chat, Message
+from .chessboard import merge_chessboard
 from .course import visible
 from .decoding import Chunk, TokenTrace
 from .errors import ImageError, ShapeError
@@ -39,20 +41,25 @@ from .figures import (
     heat,
     latency,
     reuse,
+    scales,
     show,
     sureness,
     tiling,
+    timeline,
+    touched,
 )
 from .images import ImageSource, load_image
 from .internvl import NUM_IMAGE_TOKEN
 from .loading import load
-from .media import Medium
+from .media import Medium, Video
 from .microscope import attention, heat_map, picture_weights
 from .model import VisionLanguageModel
+from .nvila import NVILA
 from .nvila_checkpoint import NVILAConfig
 from .sampling import GenParams, Sampler, check_finite, entropy
 from .streaming import TimeStats, stream
-from .tiling import dynamic_grid, dynamic_tiles
+from .tiling import dynamic_grid, dynamic_tiles, s2_grids
+from .video import get_index, load_video, uniform_indices
 
 TEXT_EVERY = 1 / 15
 PLOT_EVERY = 1 / 2
@@ -116,13 +123,15 @@ class StreamPanel(w.VBox):
     ):
         models = [models] if isinstance(models, (str, VisionLanguageModel)) else models
         self._models = {m if isinstance(m, str) else m.name or m.family: m for m in models}
-        self._pictures = _loaded_pictures(pictures)
+        self._pictures = self._opened(pictures)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._build_controls(questions, pace, max_tokens)
         self._build_output()
         self._picture_changed()
         super().__init__([self._controls, self._buttons, self.status, self.text, self.plot])
+
+    _opened = staticmethod(_loaded_pictures)
 
     # ---- what the reader sees ----
 
@@ -361,6 +370,135 @@ class ChatPanel(StreamPanel):
             f"and {drawn} drawn"
         )
         return show(reuse(self.turns), caption=alt, alt=alt, width=640).img
+
+
+@dataclass(frozen=True, slots=True)
+class _Film:
+    """All frames of a clip."""
+
+    frames: list[Image.Image]
+    fps: float
+
+    @property
+    def times(self) -> list[float]:
+        """When each frame is shown, in seconds."""
+        return [i / self.fps for i in range(len(self.frames))]
+
+
+def _film(source: Path) -> _Film:
+    rates: list[float] = []
+
+    def every(n: int, fps: float) -> range:
+        rates.append(fps)
+        return range(n)
+
+    return _Film(load_video(source, every), *rates)
+
+
+def _middles(n: int, num: int) -> list[int]:
+    return get_index(None, 1.0, n - 1, num_segments=num)
+
+
+class VideoPanel(StreamPanel):
+    """Ask a model about a clip: how many of its frames it gets, which, and in what order.
+
+    clips   names with files; a list of files is named after them. All their frames are kept, so
+            they should be short
+    frames  how many the model gets at first
+
+    Other parameters as of StreamPanel. `indices` are the frames that the model gets.
+    """
+
+    RULES = {
+        "middles of equal parts (InternVL)": _middles,
+        "equal steps, both ends (NVILA)": uniform_indices,
+    }
+    ORDERS = {
+        "as filmed": list,
+        "backwards": lambda indices: indices[::-1],
+        "shuffled": lambda indices: random.Random(0).sample(indices, len(indices)),
+    }
+
+    def __init__(
+        self,
+        models: VisionLanguageModel | Sequence[VisionLanguageModel | str],
+        clips: Mapping[str, Path] | Sequence[Path],
+        questions: Sequence[str],
+        *,
+        frames: int = 8,
+        **options,
+    ):
+        self._first_count = frames
+        super().__init__(models, clips, questions, **options)
+        controls, *below = self.children
+        self.children = [controls, self.timeline, *below]
+
+    @staticmethod
+    def _opened(clips: Mapping[str, Path] | Sequence[Path]) -> dict[str, _Film]:
+        if not isinstance(clips, Mapping):
+            clips = {Path(c).stem: c for c in clips}
+        return {name: _film(clip) for name, clip in clips.items()}
+
+    def _build_controls(self, questions: Sequence[str], pace: int, max_tokens: int) -> None:
+        super()._build_controls(questions, pace, max_tokens)
+        choice = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        slider = {**choice, "continuous_update": False}
+        self.picture.description = "clip"
+        self.frame = w.IntSlider(0, min=0, description="look at frame", **slider)
+        self.count = w.IntSlider(
+            self._first_count, min=1, max=16, description="frames for the model", **slider
+        )
+        self.rule = w.Dropdown(options=list(self.RULES), description="which", **choice)
+        self.order = w.Dropdown(options=list(self.ORDERS), description="order", **choice)
+        self.timeline = w.HTML()
+        self.frame.observe(self._frame_changed, "value")
+        for control in (self.model, self.count, self.rule, self.order):
+            control.observe(self._frames_changed, "value")
+        shown = [self.model, self.picture, self.frame, self.count, self.rule, self.order]
+        asked = [self.examples, self.question, self.pace]
+        self._controls.children = [self.preview, w.VBox([*shown, *asked])]
+
+    @property
+    def indices(self) -> list[int]:
+        frames = self._pictures[self.picture.value].frames
+        rule, order = self.RULES[self.rule.value], self.ORDERS[self.order.value]
+        return order(rule(len(frames), self.count.value))
+
+    def _video(self, film: _Film) -> Video:
+        frames = [film.frames[i] for i in self.indices]
+        return Video(frames, len(frames))
+
+    def _picture_changed(self, _=None) -> None:
+        film = self._pictures[self.picture.value]
+        self.frame.max, self.frame.value = len(film.frames) - 1, 0
+        self._frame_changed()
+        self._frames_changed()
+
+    def _frame_changed(self, _=None) -> None:
+        film, i = self._pictures[self.picture.value], self.frame.value
+        small = film.frames[i].copy()
+        small.thumbnail((260, 260))
+        alt = f"{self.picture.value}, frame {i}, at {film.times[i]:.2f} s"
+        self.preview.value = show(small, caption=alt, alt=alt).img
+
+    def _frames_changed(self, _=None) -> None:
+        """Exceptions of an observer reach nobody: shown here."""
+        try:
+            film, indices = self._pictures[self.picture.value], self.indices
+            cost, model = "", self._models[self.model.value]
+            if not isinstance(model, str):  # otherwise it is loaded when it is first asked
+                positions = sum(m.length for m in model.prepare([self._video(film)]))
+                cost = f"; they take {positions} positions"
+            order = ", ".join(map(str, indices))
+            words = f"{len(indices)} of {len(film.frames)} frames in this order: {order}{cost}"
+            figure = timeline(film.frames, film.times, indices)
+            self.timeline.value = show(figure, caption=words, alt=words, width=640).img
+            self._status(words)
+        except Exception as e:
+            self._status(f"{type(e).__name__}: {e}", error=True)
+
+    def _chunks(self, film: _Film, question: str, params: GenParams) -> Iterator[Chunk]:
+        return stream(self._loaded(), [self._video(film), question], params)
 
 
 class SamplingPanel(w.VBox):
@@ -612,29 +750,16 @@ class MicroscopePanel(w.VBox):
         self.strip.children = self._buttons[: len(self.tokens)]
 
 
-class SizePanel(w.VBox):
-    """Sliders for the size of a picture over a figure that follows them.
+class FigurePanel(w.VBox):
+    """Controls over a figure that follows them; a panel of this kind says in `draw` what to see."""
 
-    A panel of this kind says in `draw` what there is to see; `controls` are what it asks besides.
-    """
-
-    def __init__(self, controls: Sequence[w.Widget] = (), *, size: tuple[int, int]):
-        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
-        slider = {**wide, "min": 20, "max": 2400, "step": 10, "continuous_update": False}
-        self.picture_width = w.IntSlider(size[0], description="picture width", **slider)
-        self.picture_height = w.IntSlider(size[1], description="picture height", **slider)
+    def __init__(self, controls: Sequence[w.Widget]):
         self.figure = w.HTML()
         self.status = w.HTML()
-        controls = [self.picture_width, self.picture_height, *controls]
         for control in controls:
             control.observe(self._changed, "value")
         self._changed()
         super().__init__([w.VBox(controls), self.status, self.figure])
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) of the picture, in pixels."""
-        return self.picture_width.value, self.picture_height.value
 
     def draw(self) -> Shown:
         """The figure for what the controls say now; its caption is shown above it."""
@@ -647,6 +772,22 @@ class SizePanel(w.VBox):
             self.status.value = _status_html(f"{type(e).__name__}: {e}", error=True)
         else:
             self.figure.value, self.status.value = shown.img, _status_html(shown.caption)
+
+
+class SizePanel(FigurePanel):
+    """Sliders for the size of a picture, and `controls` for what else a panel asks."""
+
+    def __init__(self, controls: Sequence[w.Widget] = (), *, size: tuple[int, int]):
+        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        slider = {**wide, "min": 20, "max": 2400, "step": 10, "continuous_update": False}
+        self.picture_width = w.IntSlider(size[0], description="picture width", **slider)
+        self.picture_height = w.IntSlider(size[1], description="picture height", **slider)
+        super().__init__([self.picture_width, self.picture_height, *controls])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture, in pixels."""
+        return self.picture_width.value, self.picture_height.value
 
 
 class BudgetPanel(SizePanel):
@@ -714,3 +855,57 @@ class TilingPanel(SizePanel):
         figure = tiling(trimmed, (cols, rows), thumbnail=tiles > 1, width=6.4)
         alt = f"a picture cut into {cols} columns and {rows} rows, and the tiles side by side"
         return show(figure, caption=caption, alt=alt, width=640)
+
+
+class ScalesPanel(FigurePanel):
+    """What an NVILA with dynamic S2 sees of a picture at each of its scales: the tiles, and below
+    them their features in colours. A place in the picture is framed, and with it all patches that
+    meet in the one position of the language model which shows it.
+
+    pictures    names with files or Pillow pictures; a list of files is named after them
+    """
+
+    def __init__(self, model: NVILA, pictures: Pictures):
+        self._model, self._pictures = model, _loaded_pictures(pictures)
+        self._seen: dict[str, tuple[Medium, list[Tensor]]] = {}
+        wide = {"style": LABELS, "layout": w.Layout(width="25rem")}
+        slider = {**wide, "min": 0, "max": 100, "continuous_update": False}
+        self.picture = w.Dropdown(options=list(self._pictures), description="picture", **wide)
+        self.across = w.IntSlider(50, description="place, % from the left", **slider)
+        self.down = w.IntSlider(50, description="place, % from the top", **slider)
+        super().__init__([self.picture, self.across, self.down])
+
+    def _look(self) -> tuple[Medium, list[Tensor]]:
+        """The chosen picture as tiles, and the (h, w, c) features of each scale."""
+        name, model = self.picture.value, self._model
+        if name not in self._seen:
+            (medium,) = model.prepare([self._pictures[name]])
+            grids = s2_grids(medium.block, model.vision_tower.scales)
+            with torch.inference_mode():
+                features = model.tower_features(medium.pixels).float().cpu()
+            parts = features.split([rows * cols for rows, cols in grids])
+            maps = [merge_chessboard(p, *grid) for p, grid in zip(parts, grids, strict=True)]
+            self._seen[name] = medium, [m[0].permute(1, 2, 0) for m in maps]
+        return self._seen[name]
+
+    def draw(self) -> Shown:
+        (medium, maps), model = self._look(), self._model
+        boxes = model.boxes(medium)
+        boxes = boxes[~boxes.isnan().any(dim=-1)]  # without the line break
+        first, last = boxes[:, :2], boxes[:, 2:]
+        place = torch.tensor([self.across.value, self.down.value]) / 100
+        k = int((((first + last) / 2 - place) / (last - first)).abs().amax(dim=1).argmin())
+        parts = []
+        for side, m in zip(model.vision_tower.scales, maps, strict=True):
+            left, top, right, bottom = touched(boxes[k].tolist(), *m.shape[:2])
+            framed = f"{bottom - top} × {right - left} of {m.shape[0]} × {m.shape[1]} patches"
+            parts.append(f"of scale {side}, {framed}")
+        grids = s2_grids(medium.block, model.vision_tower.scales)
+        image, tiles = self._pictures[self.picture.value], [f"{r} × {c}" for r, c in grids]
+        return show(
+            scales(image, grids, maps, tile=model.tile_pixels, box=boxes[k].tolist(), width=5.6),
+            caption=f"Framed: position {k + 1} of {len(boxes)}; {'; '.join(parts)}.",
+            alt=f"{self.picture.value}, cut into {', '.join(tiles)} tiles, and features in colours",
+            width=640,
+            colours=128,
+        )
