@@ -29,7 +29,6 @@ from torch import Tensor
 
 from .. import microscope
 from ..budget import image_tokens
-from ..figures import accuracy, png_of
 from ..images import ImageSource
 from ..loading import load
 from ..media import Video
@@ -581,6 +580,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _save(everything: dict[str, dict], folder: Path) -> None:
     """Write the numbers, their table and the figure; models measured earlier stay in them."""
+    from ..figures import accuracy, png_of  # Matplotlib, which training need not load
+
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "evaluation.json"
     if file.exists():
