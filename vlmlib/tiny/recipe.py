@@ -57,7 +57,7 @@ RECIPES = {
     ),
     "tiny-nvila": Recipe(
         "tiny-nvila",
-        steps=2_500,
+        steps=3_000,
         look_steps=200,
         batch_size=24,
         flat_until=0.5,
