@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import vlmlib
-from vlmlib import IMAGE_TOKEN_INDEX, Video
+from vlmlib import IMAGE_TOKEN_INDEX, Video, split_chessboard
 from vlmlib.tiny import data, evaluate, train
 from vlmlib.tiny.clips import frames, random_clip
 from vlmlib.tiny.data import (
@@ -62,6 +62,7 @@ from vlmlib.tiny.model import (
     save,
     warm_start,
 )
+from vlmlib.tiny.muon import Muon
 from vlmlib.tiny.scenes import (
     COLOURS,
     QA,
@@ -386,6 +387,51 @@ def test_the_patch_matrix_equals_the_convolution(name):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_muon_without_bf16_is_torchs(shape):
+    """The same updates up to bf16's rounding, from the same state, over several steps."""
+    generator = torch.Generator().manual_seed(1)
+    start, gradients = torch.randn(shape), torch.randn(4, *shape, generator=generator)
+    moved = []
+    for muon in (Muon, torch.optim.Muon):
+        matrix, unused = (torch.nn.Parameter(start.clone()) for _ in range(2))
+        optimizer = muon([matrix, unused], lr=0.1, weight_decay=0.2)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(unused, start) and unused not in optimizer.state
+        moved.append((matrix - start, optimizer.state_dict()["state"][0]["momentum_buffer"]))
+    (ours, mine), (theirs, kept) = moved
+    assert torch.equal(mine, kept)
+    assert (ours - theirs).norm() < 0.01 * theirs.norm() and ours.norm() > 1
+
+
+def test_muon_refuses_what_it_does_not_do():
+    matrix = torch.nn.Parameter(torch.eye(2))
+    with pytest.raises(NotImplementedError):
+        Muon([matrix], adjust_lr_fn="match_rms_adamw").step()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "half"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "l2_cache_size": 524288}, False),
+        ({"avx2": True, "avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_bf16_only_where_the_processor_has_it(monkeypatch, capabilities, half):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    trainer = Trainer(Recipe(steps=4, look_steps=0, batch_size=2))
+    assert trainer.half is half and isinstance(trainer.optimizers[0], Muon) is not half
+    dtypes = []
+    head = trainer.reader.heads[0]
+    head.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    trainer.train_step(Stream(trainer.model, 2)[0])
+    assert dtypes == [torch.bfloat16 if half else torch.float32]
+
+
 @EVERY
 def test_muon_gets_matrices_and_every_parameter_has_one_optimizer(name):
     matrices, others = split_parameters(parts(shared(name)))
@@ -575,21 +621,44 @@ def test_a_warm_start_sees_what_llava_sees(name):
 
 
 def test_a_warm_start_sees_what_internvl_sees():
+    """The same features of a tile, and the same rows for it behind the projector, once the tiles'
+    rows are taken out of NVILA's map of the whole picture.
+    """
     source, model = build("tiny-internvl", seed=3), build("tiny-nvila", seed=4)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in parts(source).named_parameters():
-            if "lambda" in name:
+            if "lambda" in name or "projector" in name and parameter.ndim == 1:
                 parameter.uniform_(0.5, 2, generator=generator)
-    pixels = source.prepare([draw(random_scene(5))])[0].pixels
+    picture = draw(detail_scene(5))
+    (theirs,), (ours,) = source.prepare([picture]), model.prepare([picture])
+    rows, cols = ours.block
+    tiles = rows * cols
+    assert torch.equal(theirs.pixels[:tiles], ours.pixels[-tiles:]) and tiles > 3
+
+    def seen():
+        side = rows * 4, cols * 4  # a tile is 4 x 4 positions; a line break follows the last
+        projected = model.encode(ours)[:-1].unflatten(0, side)
+        return (
+            model.tower_features(ours.pixels[-tiles:]),
+            rearrange(
+                split_chessboard(rearrange(projected, "h w d -> 1 d h w"), rows, cols),
+                "t d h w -> (t h w) d",
+            ),
+        )
+
     with torch.inference_mode():
-        before, wanted = model.tower_features(pixels), source.tower_features(pixels)
-    copied = warm_start(model, source)
-    assert {name.split(".")[0] for name in copied} == {"tower", "language"}
-    with torch.inference_mode():
-        seen = model.tower_features(pixels)
+        wanted = source.tower_features(theirs.pixels[:tiles]), source.encode(theirs)[: tiles * 16]
+        before = seen()
+        copied = warm_start(model, source)
+        after = seen()
+    assert {name.split(".")[0] for name in copied} == {"tower", "language", "projector"}
     alike = torch.nn.functional.cosine_similarity  # but for the class token, which SigLIP has not
-    assert alike(seen, wanted, dim=-1).min() > 0.98 > alike(before, wanted, dim=-1).max()
+    for name, least, *features in zip(
+        ("tower", "rows"), (0.98, 0.95), before, after, wanted, strict=True
+    ):
+        was, now = (alike(f, features[-1], dim=-1) for f in features[:2])
+        assert now.min() > least > was.max(), name
 
 
 def test_a_warm_start_of_the_same_family_is_a_copy():

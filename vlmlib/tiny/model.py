@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -241,6 +243,7 @@ CLIP_NAMES = {
 PATCHES = "tower.embeddings.patch_embedding"
 POSITIONS = "tower.embeddings.position_embedding.weight"
 CLASS = "tower.embeddings.class_embedding"
+NVILA_PROJECTOR = "projector.layers."
 
 
 @torch.no_grad()
@@ -250,7 +253,8 @@ def warm_start(model: VisionLanguageModel, source: VisionLanguageModel) -> list[
     Within a family that is everything. Otherwise it is the layers of the tower and of the language
     model, the embeddings of the vocabulary that both have and those of patches and places. What the
     towers do differently is folded into the weights: CLIP alone normalises its embeddings (that
-    takes the spread of a typical picture), and InternVL alone scales what a layer adds.
+    takes the spread of a typical picture), and InternVL alone scales what a layer adds. NVILA takes
+    InternVL's projector too: both fold two by two.
     """
     same = type(model) is type(source)
     own = dict(parts(source).named_parameters())
@@ -259,10 +263,12 @@ def warm_start(model: VisionLanguageModel, source: VisionLanguageModel) -> list[
         theirs |= _normed_embeddings(theirs, source)
     elif not same and isinstance(source, InternVL):
         theirs |= _scaled_layers(theirs)
+        if isinstance(model, NVILA):
+            theirs |= _widened_projector(theirs, len(model.vision_tower.scales))
     copied = []
     for name, parameter in parts(model).named_parameters():
         value = theirs.get(name if same else _clip_name(name))
-        if value is None or not (same or name.startswith(("tower.", "language."))):
+        if value is None or not (same or name.startswith(("tower.", "language.", NVILA_PROJECTOR))):
             continue
         if name == "language.embed_tokens.weight":
             rows = min(len(value), len(parameter))
@@ -285,6 +291,21 @@ def _scaled_layers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             changed[f"{layer}.{last}.weight"] = weight * scale[:, None]
             changed[f"{layer}.{last}.bias"] = bias * scale
     return changed
+
+
+def _widened_projector(weights: dict[str, Tensor], scales: int) -> dict[str, Tensor]:
+    """InternVL's projector for stacked scales, under NVILA's names: it reads the finest alone."""
+    kept = {}
+    for layer, theirs in ((1, "layer_norm"), (2, "linear_1"), (4, "linear_2")):
+        for what in ("weight", "bias"):
+            kept[f"{NVILA_PROJECTOR}{layer}.{what}"] = weights[f"projector.{theirs}.{what}"]
+    for what in ("weight", "bias"):  # of four patches; the coarser scales come first in each
+        name = f"{NVILA_PROJECTOR}1.{what}"
+        kept[name] = repeat(kept[name], "(p c) -> (p s c)", p=4, s=scales)
+    first = f"{NVILA_PROJECTOR}2.weight"
+    patches = rearrange(kept[first], "d (p c) -> d p 1 c", p=4)
+    kept[first] = rearrange(F.pad(patches, (0, 0, scales - 1, 0)), "d p s c -> d (p s c)")
+    return kept
 
 
 def _clip_name(name: str) -> str:

@@ -57,9 +57,9 @@ RECIPES = {
     ),
     "tiny-nvila": Recipe(
         "tiny-nvila",
-        steps=3_000,
-        look_steps=200,
-        batch_size=24,
+        steps=2_200,
+        look_steps=0,
+        batch_size=16,
         flat_until=0.5,
         patch_loss_until=0.8,
     ),

@@ -5,9 +5,10 @@
     python -m vlmlib.tiny.train --model tiny-internvl --start data/checkpoints/tiny-llava --out ...
 
 The recipe: Muon for the matrices inside the layers and AdamW for the rest; a warm-up, a flat
-stretch and a linear decay; bf16 arithmetic, fp32 weights. First the tower learns to look: a loss
-reads shape, colour, size, label and small print from every picture patch. Then all parts learn to
-answer, and the patch loss fades out. With `--start` a model begins with what another one knows.
+stretch and a linear decay; fp32 weights, and bf16 arithmetic where the processor has it. First the
+tower learns to look: a loss reads shape, colour, size, label and small print from every picture
+patch. Then all parts learn to answer, and the patch loss fades out. With `--start` a model begins
+with what another one knows.
 
 Several processes share the sequences of a step and add up their gradients; small matrices keep two
 processes of one thread busier than one process of two.
@@ -43,6 +44,7 @@ from ..tokenization import IMAGE_TOKEN_INDEX
 from .data import IGNORE, MIXES, PATCH_CLASSES, Batch, Stream, attention_mask
 from .evaluate import by_kind, grade, machine
 from .model import BUILDERS, build, parts, save, warm_start
+from .muon import Muon
 from .recipe import RECIPES, Recipe
 from .scenes import VALIDATION
 
@@ -82,6 +84,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.step = 0
+        self.half = computes_in_bf16()
         self.model = build(recipe.model, recipe.seed)
         self.parts = parts(self.model)
         for name in ("tower", "language"):
@@ -95,8 +98,9 @@ class Trainer:
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         matrices, others = split_parameters(self.parts)
         r = self.recipe
+        muon = torch.optim.Muon if self.half else Muon
         return [
-            torch.optim.Muon(matrices, lr=r.muon_rate, weight_decay=r.weight_decay),
+            muon(matrices, lr=r.muon_rate, weight_decay=r.weight_decay),
             torch.optim.AdamW(
                 [*others, *self.reader.parameters()],
                 lr=r.adamw_rate,
@@ -118,7 +122,7 @@ class Trainer:
         sums: Counter[str] = Counter()
         for batch in batches:
             losses = {}
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
                 features = self.model.tower_features(batch.pixels)
                 if weight:
                     share = len(batch.pixels) / tiles
@@ -165,6 +169,13 @@ class Trainer:
         self.reader.load_state_dict(state["reader"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def computes_in_bf16() -> bool:
+    """Whether this processor has instructions for bf16; one that has none is ten times slower in it
+    than in fp32.
+    """
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def part() -> tuple[int, int]:
