@@ -1,4 +1,4 @@
-"""A model with tiles that ships: others read it too, and it really sees what is small."""
+"""The models with tiles that ship: they really see what is small, and what moves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmlib.fusion import fuse
 from vlmlib.tiny.evaluate import PRINT_KINDS, grade, without_detail
 from vlmlib.tiny.scenes import HELD_OUT, detail_scene, draw, questions
 
-SIBLINGS = ("tiny-internvl",)
+SIBLINGS = ("tiny-internvl", "tiny-nvila")
 GREEDY = vlmlib.GenParams.greedy(n_predict=100)
 
 
