@@ -22,7 +22,7 @@ from typing import Any
 
 import ipywidgets as w
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -859,8 +859,9 @@ class TilingPanel(SizePanel):
 
 class ScalesPanel(FigurePanel):
     """What an NVILA with dynamic S2 sees of a picture at each of its scales: the tiles, and below
-    them their features in colours. A place in the picture is framed, and with it all patches that
-    meet in the one position of the language model which shows it.
+    them, in colours, how their features differ from those of an empty sheet. A place in the picture
+    is framed, and with it all patches that meet in the one position of the language model which
+    shows it.
 
     pictures    names with files or Pillow pictures; a list of files is named after them
     """
@@ -879,10 +880,13 @@ class ScalesPanel(FigurePanel):
         """The chosen picture as tiles, and the (h, w, c) features of each scale."""
         name, model = self.picture.value, self._model
         if name not in self._seen:
-            (medium,) = model.prepare([self._pictures[name]])
+            image = self._pictures[name].convert("RGB")
+            empty = Image.new("RGB", image.size, tuple(ImageStat.Stat(image).median))
+            medium, plain = (model.prepare([picture])[0] for picture in (image, empty))
             grids = s2_grids(medium.block, model.vision_tower.scales)
             with torch.inference_mode():
-                features = model.tower_features(medium.pixels).float().cpu()
+                seen, blank = (model.tower_features(m.pixels) for m in (medium, plain))
+            features = (seen - blank).float().cpu()
             parts = features.split([rows * cols for rows, cols in grids])
             maps = [merge_chessboard(p, *grid) for p, grid in zip(parts, grids, strict=True)]
             self._seen[name] = medium, [m[0].permute(1, 2, 0) for m in maps]
