@@ -502,14 +502,19 @@ def _training(log: Path) -> str:
     recipe = starts[-1]["recipe"]
     asked = " and then ".join(dict.fromkeys(str(entry["recipe"]["asked"]) for entry in starts))
     commands = "\n".join(map(_command, starts))
+    looking = (
+        f"In the first {recipe['look_steps']:,} steps the tower learnt alone to name shape, colour, "
+        "size and print of every patch; then all parts"
+        if recipe["look_steps"]
+        else "The tower learnt to name shape, colour, size and print of every patch while all parts"
+    )
     return (
         f"{_origin(starts)}, in {_seconds(entries) / 60:.0f} minutes on "
         f"{starts[-1]['machine']}:\n\n```\n{commands}\n```\n\n"
         f"{losses[-1]['step']:,} steps of {recipe['batch_size']} pictures or clips, drawn on the "
-        f"fly. In the first {recipe['look_steps']:,} steps the tower learnt alone to name shape, "
-        f"colour, size and print of every patch; then all parts learnt from about {asked} "
-        f"questions about each picture. Loss per answer token: {losses[0]['loss']:.2f} when that "
-        f"began, {losses[-1]['loss']:.4f} at the end.{_reweighted(starts)}"
+        f"fly. {looking} learnt from about {asked} questions about each picture. Loss per answer "
+        f"token: {losses[0]['loss']:.2f} when that began, {losses[-1]['loss']:.4f} at the "
+        f"end.{_reweighted(starts)}"
     )
 
 
