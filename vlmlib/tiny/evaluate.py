@@ -503,8 +503,8 @@ def _training(log: Path) -> str:
     asked = " and then ".join(dict.fromkeys(str(entry["recipe"]["asked"]) for entry in starts))
     commands = "\n".join(map(_command, starts))
     looking = (
-        f"In the first {recipe['look_steps']:,} steps the tower learnt alone to name shape, colour, "
-        "size and print of every patch; then all parts"
+        f"In the first {recipe['look_steps']:,} steps the tower learnt alone to name shape, "
+        "colour, size and print of every patch; then all parts"
         if recipe["look_steps"]
         else "The tower learnt to name shape, colour, size and print of every patch while all parts"
     )
