@@ -34,6 +34,11 @@ ROOM = 16e6
 of the smallest shipped model takes more than 1 MB, and there are several streams a second.
 """
 
+FEATURES = 1 << 20
+"""Bytes of features that each model may keep: so few that they are full after some pictures. At the
+usual 256 MiB a model, random pictures fill them for hours, which looks like a leak and is none.
+"""
+
 READINGS = 240
 """In all, however long it takes."""
 
@@ -72,6 +77,7 @@ class User:
 
     def __init__(self, model: vlmlib.VisionLanguageModel, rng: random.Random):
         self.model, self.rng = model, rng
+        model.feature_cache.limit = FEATURES
         self.chat = vlmlib.Chat(model)
         self.pictures = sorted((vlmlib.DATA / "images").glob("*.*g"))
         self.clips = sorted((vlmlib.DATA / "videos").glob("*.mp4"))

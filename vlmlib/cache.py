@@ -153,6 +153,7 @@ class FeatureCache:
     def __init__(self, limit: int = 256 << 20) -> None:
         self.limit = limit
         self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -160,12 +161,15 @@ class FeatureCache:
     def get(self, key: Hashable, encode: Callable[[], Tensor]) -> Tensor:
         """What is held under this key, or else what `encode` makes. It is not to be written in."""
         if key not in self._held:
-            self._held[key] = encode()
+            self._held[key] = features = encode()
+            self._bytes += features.nbytes
         self._held.move_to_end(key)
-        while sum(x.nbytes for x in self._held.values()) > self.limit and len(self) > 1:
-            self._held.popitem(last=False)
+        while self._bytes > self.limit and len(self) > 1:
+            _, oldest = self._held.popitem(last=False)
+            self._bytes -= oldest.nbytes
         return self._held[key]
 
     def clear(self) -> None:
         """Hold nothing any more."""
         self._held.clear()
+        self._bytes = 0
