@@ -392,7 +392,7 @@ class Stream(Dataset):
         groups = [rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)]
         batches = [collate(*zip(*group, strict=True)) for group in groups]
         for batch in batches:
-            batch.pixels = batch.pixels.bfloat16()  # as the tower computes; half as much to hand on
+            batch.pixels = batch.pixels.bfloat16()  # half as much to hand on
         return batches
 
     def _row(self, index: int, asked: int) -> tuple[Row, np.ndarray]:
