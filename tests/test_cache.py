@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from threading import Barrier
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from vlmlib import CacheError, Chat
-from vlmlib.cache import GrowingLayer, KVCache
+from vlmlib.cache import FeatureCache, GrowingLayer, KVCache
 
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 WINDOWS = {
@@ -96,3 +99,26 @@ def test_rows_are_not_chosen_behind_its_back():
     for change in (past.reorder_cache, past.batch_select_indices, past.batch_repeat_interleave):
         with pytest.raises(CacheError, match="one sequence"):
             change(rows)
+
+
+def test_what_is_cropped_is_zero():
+    """A step over the whole room of a cache multiplies what is masked by 0: NaN would stay NaN."""
+    layer = GrowingLayer()
+    layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    layer.update(torch.full((1, 2, 2, 4), torch.nan), torch.full((1, 2, 2, 4), torch.nan))
+    layer.crop(-2)
+    assert layer.get_seq_length() == 3 and (layer.keys == 1).all()
+    assert not layer.buffer[:, :, :, 3:].any()
+
+
+def test_features_that_two_threads_ask_for_are_counted_once():
+    cache, both = FeatureCache(limit=10_000), Barrier(4)
+
+    def encode():
+        both.wait(timeout=30)
+        return torch.ones(1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [f.result() for f in [pool.submit(cache.get, "key", encode) for _ in range(4)]]
+    assert len(found) == 4 and len(cache) == 1 and cache._bytes == 4000
+    assert len(deepcopy(cache)) == 0 and deepcopy(cache).limit == 10_000

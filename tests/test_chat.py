@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers import noise, tiny_llava, tiny_llava_next, transcript
 from transformers import MistralConfig
 
@@ -165,3 +166,44 @@ def test_placeholders_in_user_text_stay_text(model):
     talk(chat, [[TURNS[0][0], "what is <image>?"], ["<image>"]])
     with pytest.raises(PlaceholderError):
         model.turn("<image> <image>", model.prepare([TURNS[0][0]]))
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_a_turn_that_fails_leaves_nothing(model, monkeypatch, fails_at):
+    chat, once, calls = Chat(model), model._feed, []
+    talk(chat, TURNS[:1])
+    before = list(chat.messages)
+
+    def tired(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise MemoryError("no room")
+        return once(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_feed", tired)
+        patch.setattr(model, "fast", False)
+        with pytest.raises(MemoryError, match="no room"):
+            list(chat.ask(TURNS[1], **OPTIONS))
+    assert chat.messages == before
+    fresh = Chat(model, chunk_prefilling=False)
+    fresh.messages = list(before)
+    assert talk(chat, TURNS[1:2])[0][0] == talk(fresh, TURNS[1:2])[0][0]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_other_weights_computed_is_not_kept(fast):
+    """Neither after they were written in, nor after they were cast."""
+    model = tiny_llava(**ROOM)
+    model.fast = fast
+    chat = Chat(model)
+    talk(chat, TURNS[:2])
+    with torch.no_grad():
+        model.net.get_decoder().layers[0].self_attn.v_proj.weight.mul_(-2)
+    for change in (lambda: None, lambda: model.net.to(torch.bfloat16)):
+        change()
+        fresh = Chat(model, chunk_prefilling=False)
+        fresh.messages = list(chat.messages)
+        (ids, timing), (same, _) = (talk(c, TURNS[1:2])[0] for c in (chat, fresh))
+        assert ids == same and timing["reused_tokens"] == 0
+    assert talk(chat, TURNS[1:2])[0][1]["reused_tokens"] > 0

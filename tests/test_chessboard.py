@@ -259,3 +259,10 @@ def test_errors_of_pixel_shuffle():
         pixel_shuffle(torch.zeros(1, 4, 6, 1), 0.4)
     with pytest.raises(ValueError, match="'v1' or 'v2', got 'v3'"):
         pixel_shuffle(torch.zeros(1, 4, 4, 1), version="v3")
+
+
+def test_other_dimensions_are_an_error():
+    with pytest.raises(ShapeError, match=r"expected \(b, c, h, w\), got \(4, 4, 4\)"):
+        split_chessboard(torch.zeros(4, 4, 4), 2, 2)
+    with pytest.raises(ShapeError, match=r"\(b, n, c\), got \(4, 4\)"):
+        merge_chessboard(torch.zeros(4, 4), 2, 2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers import tiny_llava
 
-from vlmlib import PromptError, conv_templates
+from vlmlib import Conversation, PromptError, conv_templates
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -79,3 +80,29 @@ def test_unknown_role_and_frozen_table():
         conv_templates["vicuna_v1"].copy().append_message("HUMAN", "hello")
     with pytest.raises(TypeError):
         conv_templates["mine"] = None
+
+
+def test_templates_share_no_messages():
+    conv_templates["llava_v1"].append_message("USER", "hello")
+    try:
+        assert not conv_templates["vicuna_v1"].messages
+    finally:
+        conv_templates["llava_v1"].messages.clear()
+
+
+def test_a_system_text_has_the_head_that_its_style_wants():
+    chatml, vicuna = (conv_templates[name].copy() for name in ("chatml_direct", "vicuna_v1"))
+    for conversation in (chatml, vicuna):
+        conversation.set_system("Be brief.")
+        conversation.append_message(conversation.roles[0], "Hi")
+    assert chatml.get_prompt().startswith("<|im_start|>system\nBe brief.<|im_end|><|im_start|>user")
+    assert vicuna.get_prompt() == "Be brief. USER: Hi "
+    with pytest.raises(ValueError, match="style must be 'two', 'chatml' or 'inst', got 'foo'"):
+        Conversation("", ("a", "b"), "foo", "")
+
+
+def test_a_role_that_is_none_is_an_error():
+    model = tiny_llava()
+    model.conversation = conv_templates["chatml_direct"]
+    with pytest.raises(PromptError, match="system, user or assistant, got 'asistant'"):
+        model.conversation_prompt([("user", ("a",)), ("asistant", ("b",)), ("user", ("c",))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from dataclasses import replace
 from unittest.mock import MagicMock, patch
 from weakref import ref
@@ -656,3 +657,20 @@ def test_broken_numbers_are_told_at_their_step(ahead):
         next(stream)
     with pytest.raises(NonFiniteLogitsError, match="step 3: 400 of 400"):
         next(stream)
+
+
+def test_a_recorded_step_does_not_keep_its_decoder(recorded):
+    """Memory of a GPU must be free when the last name of a model goes, not at the next sweep."""
+    net = language_model()
+    decoder = FastDecoder(net)
+    decoder.records_graphs = True
+    cache, _ = prefilled(net, 9)
+    with torch.inference_mode():
+        decoder(torch.tensor([[1]]), cache)
+    gone = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -48,9 +48,11 @@ from vlmlib import (
     LlavaMetaModel,
     NVILAStreamGenerator,
     PlaceholderError,
+    PromptError,
     ShapeError,
     Video,
     VideoError,
+    quantize_llm,
 )
 from vlmlib.nvila_causal import expand_tiles
 from vlmlib.nvila_encoders import SiglipTower, pool_features
@@ -1166,3 +1168,23 @@ def test_repr_counts_all_parts():
     assert f"NVILA({n / 1e6:.1f} M parameters" in repr(model)
     assert sum(p.numel() for p in model.parameters()) == n
     json.dumps(model.config.to_dict())
+
+
+def test_stream_gen_stays_in_the_context_and_in_its_own_cache():
+    model = nvila()
+    model.quantized = quantize_llm(model)
+    ids = torch.full((1, 40), 5)
+    start = 0
+    while start + 40 <= model.context_len:
+        start += model.stream_gen(ids, None, None, start, True, True)[1]
+    with pytest.raises(ContextLengthError):
+        model.stream_gen(ids, None, None, start, True, True)
+    with pytest.raises(CacheError, match="outside of the cache, which holds 0"):
+        model.stream_gen(ids[:, :1], None, None, 40, True, False)  # other weights, other cache
+    with pytest.raises(CacheError, match="another model's"):
+        model.stream_gen(ids, None, None, 0, True, True, cache=nvila().new_cache())
+    for wrong in (ids[:, :0], ids[0]):
+        with pytest.raises((ShapeError, TypeError, PromptError)):
+            model.stream_gen(wrong, None, None, 0, True, True)
+    with pytest.raises(PromptError, match="the id 999999"):
+        model.stream_gen(torch.tensor([[999999]]), None, None, 0, True, True)

@@ -280,3 +280,9 @@ def test_what_is_not_said_is_greedy_in_the_short_calls():
     assert GenParams.greedy_unless({"temp": 0.7}) == GenParams.greedy(temp=0.7)
     assert GenParams.greedy_unless({"temp": 0.7}, seed=1) == GenParams.greedy(temp=0.7, seed=1)
     assert GenParams.greedy_unless(GenParams(), seed=1) == GenParams(seed=1)
+
+
+def test_logits_that_are_all_minus_infinity_are_an_error():
+    with pytest.raises(NonFiniteLogitsError, match="step 3: all 5 logits are -inf"):
+        check_finite(torch.full((1, 5), -torch.inf), 3)
+    check_finite(torch.tensor([[0.0, -torch.inf]]), 3)

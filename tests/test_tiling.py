@@ -385,3 +385,10 @@ def test_errors_of_merging_name_both_sizes():
         merge_anyres(features, (640, 480), PINPOINTS, 336, 2)
     with pytest.raises(ValueError, match="'original', 'hf'.*got 'up'"):
         anyres_tokens(640, 480, rounding="up")
+
+
+def test_what_there_is_nothing_to_choose_or_cut_from():
+    with pytest.raises(ShapeError, match="no resolutions"):
+        select_best_resolution((3, 4), [])
+    with pytest.raises(ShapeError, match="1 x 1 pixels, got 0 x 0"):
+        unpad_image(torch.zeros(3, 4, 4), (0, 0))

@@ -876,3 +876,16 @@ def test_the_card_tells_the_run_from_its_log(folders):
     assert "in 3 minutes on a laptop" in card and "3.00 when that began, 0.5000" in card
     assert "changed at step 4" in card and "| Scenes: exist | 1 | 0.0% |" in card
     assert "Begun with the weights of `data/first`" in card
+
+
+def test_a_close_up_fills_the_tiles_that_a_model_looks_at_anyway():
+    """So that its print is as large in them as that of a large picture: NVILA enlarges less."""
+    scene = train_detail_scene(3)
+    for name, tiles in (("tiny-internvl", 1), ("tiny-nvila", 1 + 4)):
+        model = build(name, seed=0)
+        side = MIXES[model.family]["print"].side
+        (medium,) = model.prepare([draw(close_up(scene, 1.0, side))])
+        assert len(medium.pixels) == tiles
+        grid = 1 if tiles == 1 else medium.block[0]
+        in_tile = close_up(scene, 1.0, side).print_height * PIXELS * grid
+        assert in_tile == pytest.approx(scene.print_height * 3 * PIXELS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from helpers import TOKENIZERS, VECTORS, fresh_tokenizer, golden_tokenizer
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
@@ -281,3 +283,45 @@ def test_the_beginning_of_a_stop_string_comes_out_at_the_end(tokenizer):
 def test_slow_tokenizers_are_refused():
     with pytest.raises(TypeError, match="fast tokenizer"):
         TextStream(object())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 264), max_size=30), st.text(max_size=8))
+def test_a_tokenizer_with_bytes_streams_whatever_comes(ids, text):
+    """Llama's decoder joins bytes; a broken character also spoils whole ones before it."""
+    tokenizer = with_bytes()
+    stream, seen = TextStream(tokenizer), ""
+    whole = [3 + byte for byte in text.encode()]
+    for token_id in (*whole, *ids):
+        stream.push(token_id)
+        assert stream.text.startswith(seen)
+        seen = stream.text
+    alone = TextStream(tokenizer)
+    for token_id in whole:
+        alone.push(token_id)
+    assert alone.text == tokenizer.backend_tokenizer.decode(whole)
+
+
+def test_half_a_character_behind_a_byte_that_is_whole():
+    stream = TextStream(with_bytes())
+    for token_id in (3 + 0x0A, 3 + 0xF0, 3 + 0x9F, 260, 261, 3 + 0xC3, 3 + 0xA9):
+        stream.push(token_id)
+    assert stream.text == "\n\ufffd\ufffd aloé"
+
+
+@cache
+def with_bytes():
+    """A tokenizer like Llama's: a few words, and all bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", "▁a", "lo", "é", "▁the", "b"]
+    model = BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")

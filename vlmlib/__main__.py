@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import mimetypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     *files, question = args.inputs
-    if not files and Path(question).is_file():
+    if not files and os.path.isfile(question):
         raise PromptError(f"{question} is a file, and no question follows it")
     sources = [Video(f, args.frames) if _is_clip(f) else Path(f) for f in files]
     params = GenParams(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class GrowingLayer(DynamicLayer):
     It also serves layers with a sliding window, which is the mask's business: what lies behind the
     window stays, so that a turn may be cropped to any length.
 
-    buffer        (2, b, k, room, e): keys and values; what was never written is zero. The room is a
+    buffer        (2, b, k, room, e): keys and values; what is not in use is zero. The room is a
                   power of two, so that few sizes occur.
     keys, values  (b, k, n, e): views of it, up to the last position
     """
@@ -63,6 +64,14 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self.buffer.narrow(3, 0, n).unbind(0)
         return self.keys, self.values
 
+    def crop(self, max_length: int) -> None:
+        """Forget the last -max_length positions; not a number of them stays, lest it be NaN: a step
+        that masks them would multiply it by 0.
+        """
+        before = self.get_seq_length()
+        super().crop(max_length)
+        self.buffer[:, :, :, self.get_seq_length() : before] = 0
+
     def make_room(self, n: int, like: Tensor) -> None:
         """For n positions, with keys and values like these."""
         room = 0 if self.buffer is None else self.buffer.shape[3]
@@ -87,17 +96,15 @@ class KVCache:
 
     An entry is a token id, or for a picture's position a pair (digest of the picture, index).
     It is of use to the network of this very `config` only, and to one stream at a time: `writer`
-    stands for the last one.
+    stands for the last one, `weights` for the weights it was written with.
     """
 
     def __init__(self, config: PreTrainedConfig):
-        self.past = DynamicCache(config=config.get_text_config(decoder=True))
-        if {*map(type, self.past.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            self.past.layers = [GrowingLayer() for _ in self.past.layers]
-        self._content: list[Hashable] = []
-        self._unread: list[Tensor] = []
         self.config = weakref.ref(config)  # which a copy of the cache shares
         self.writer: object = None
+        self.weights: Hashable = None
+        self.past = _growing(config)
+        self.content = []
 
     def __len__(self) -> int:
         return len(self._content) + len(self._unread)
@@ -120,6 +127,15 @@ class KVCache:
         """
         self._unread.append(token)
 
+    def begin(self, weights: Hashable) -> None:
+        """Forget everything, and what it was kept in if that was for other weights, perhaps of
+        another dtype or on another device.
+        """
+        self.keep(0)
+        if self.weights not in (None, weights):
+            self.past = _growing(self.config())
+        self.weights = weights
+
     def common_prefix(self, content: Sequence[Hashable]) -> int:
         """How many positions from the start are the same here and in `content`."""
         return common_prefix(self.content, content)
@@ -141,6 +157,13 @@ class KVCache:
                 layer.crop(n - length)
 
 
+def _growing(config: PreTrainedConfig) -> DynamicCache:
+    past = DynamicCache(config=config.get_text_config(decoder=True))
+    if {*map(type, past.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        past.layers = [GrowingLayer() for _ in past.layers]
+    return past
+
+
 def common_prefix(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """How many entries from the start are the same in both."""
     pairs = enumerate(zip(a, b, strict=False))
@@ -154,22 +177,31 @@ class FeatureCache:
         self.limit = limit
         self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._bytes = 0
+        self._lock = Lock()
+
+    def __reduce__(self):
+        return FeatureCache, (self.limit,)  # a copy begins with nothing
 
     def __len__(self) -> int:
         return len(self._held)
 
     def get(self, key: Hashable, encode: Callable[[], Tensor]) -> Tensor:
         """What is held under this key, or else what `encode` makes. It is not to be written in."""
-        if key not in self._held:
-            self._held[key] = features = encode()
-            self._bytes += features.nbytes
-        self._held.move_to_end(key)
-        while self._bytes > self.limit and len(self) > 1:
-            _, oldest = self._held.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return self._held[key]
+        features = self._held.get(key)
+        if features is None:
+            features = encode()  # two threads that ask at once may both do it
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = features
+                self._bytes += features.nbytes
+            self._held.move_to_end(key)
+            while self._bytes > self.limit and len(self) > 1:
+                _, oldest = self._held.popitem(last=False)
+                self._bytes -= oldest.nbytes
+        return features
 
     def clear(self) -> None:
         """Hold nothing any more."""
-        self._held.clear()
-        self._bytes = 0
+        with self._lock:
+            self._held.clear()
+            self._bytes = 0

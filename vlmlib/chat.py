@@ -77,10 +77,19 @@ class Chat:
             for chunk in chunks:
                 text = chunk["text"]
                 yield chunk
+        except GeneratorExit:  # a stream that is closed has been read as far as its reader wanted
+            self._join(messages, text)
+            raise
+        except CacheError:
+            self._check_unchanged(messages)  # which tells more
+            raise
         finally:
             chunks.close()
-            self._check_unchanged(messages)
-            self.messages = [*messages, ("assistant", (text,))]
+        self._join(messages, text)
+
+    def _join(self, messages: list[Message], text: str) -> None:
+        self._check_unchanged(messages)
+        self.messages = [*messages, ("assistant", (text,))]
 
     def _check_unchanged(self, messages: list[Message]) -> None:
         if self.messages != messages[:-1]:

@@ -24,6 +24,8 @@ def split_chessboard(x: Tensor, num_split_h: int, num_split_w: int) -> Tensor:
     Raises ShapeError where H or W does not divide. Source: VILA:llava/model/llava_arch.py.
     """
     _check_factors(num_split_h, num_split_w)
+    if x.dim() != 4:
+        raise ShapeError(f"expected (b, c, h, w), got {tuple(x.shape)}")
     h, w = x.shape[-2:]
     if h % num_split_h or w % num_split_w:
         raise ShapeError(f"{h} x {w} does not split into {num_split_h} x {num_split_w} tiles")
@@ -43,6 +45,8 @@ def merge_chessboard(x: Tensor, num_split_h: int, num_split_w: int) -> Tensor:
         raise ShapeError(f"{len(x)} tiles do not fill {num_split_h} x {num_split_w} boards")
     if x.dim() == 3:
         x = rearrange(x, "b (h w) c -> b c h w", h=square_side(x.shape[1]))
+    if x.dim() != 4:
+        raise ShapeError(f"expected (b, c, h, w) or (b, n, c), got {tuple(x.shape)}")
     return rearrange(
         x, "(rows cols b) c h w -> b c (rows h) (cols w)", rows=num_split_h, cols=num_split_w
     )

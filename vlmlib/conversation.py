@@ -19,7 +19,8 @@ _CURIOUS = (
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns in one of three styles; `get_prompt()` writes them down.
+    """Turns in one of three styles; `get_prompt()` writes them down. Raises ValueError for another
+    style.
 
     style  "two": `system sep ROLE: text sep ROLE: text sep2`; "chatml": every turn ends with `sep`;
            "inst": user turns in [INST] ... [/INST], answers end with `sep2`
@@ -32,6 +33,10 @@ class Conversation:
     sep2: str = ""
     messages: list[tuple[str, str | None]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.style not in ("two", "chatml", "inst"):
+            raise ValueError(f"style must be 'two', 'chatml' or 'inst', got {self.style!r}")
+
     def copy(self) -> Conversation:
         """With a list of messages of its own."""
         return replace(self, messages=list(self.messages))
@@ -41,6 +46,10 @@ class Conversation:
         if role not in self.roles:
             raise ValueError(f"role must be one of {self.roles}, got {role!r}")
         self.messages.append((role, message))
+
+    def set_system(self, text: str) -> None:
+        """What the model is told before the first turn, with the head that the style puts there."""
+        self.system = f"<|im_start|>system\n{text}" if self.style == "chatml" else text
 
     @property
     def stop_str(self) -> str:
@@ -86,7 +95,7 @@ _VICUNA = Conversation(_CURIOUS.format(who="user"), ("USER", "ASSISTANT"), "two"
 conv_templates: Mapping[str, Conversation] = MappingProxyType(
     {
         "vicuna_v1": _VICUNA,
-        "llava_v1": replace(_VICUNA, system=_CURIOUS.format(who="human")),
+        "llava_v1": replace(_VICUNA, system=_CURIOUS.format(who="human"), messages=[]),
         "mistral_instruct": Conversation("", ("USER", "ASSISTANT"), "inst", "", "</s>"),
         "chatml_direct": Conversation(
             "<|im_start|>system\nAnswer the questions.",

@@ -6,9 +6,10 @@ next ones, is the business of the `Turn` that a family hands over (`vlmlib.model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from math import inf
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -112,6 +113,11 @@ def decode(
     return _loop(turn, params, frozenset(stop_ids), stream_interval, out, tracer)
 
 
+def last_chunk(chunks: Iterable[Chunk]) -> Chunk:
+    """The last one; none of the others is kept, of which each has the whole text up to it."""
+    return deque(chunks, maxlen=1)[0]
+
+
 # The decorator re-enters inference mode on every resume; a `with` around `yield` would leak it to
 # the caller.
 @torch.inference_mode()
@@ -165,7 +171,7 @@ class _Drawn:
         """Wait until it is here. Raises NonFiniteLogitsError."""
         if self._arrival:
             self._arrival.synchronize()
-        if not float(self._highest) < inf:  # nor is NaN
+        if not isfinite(self._highest.item()):
             check_finite(self.logits, step)
         return int(self._id)
 

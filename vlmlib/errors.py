@@ -50,7 +50,9 @@ class CheckpointError(VlmError, OSError):
 
 
 class QuantizationError(VlmError, ValueError):
-    """A model cannot be quantised as asked, or has a format that cannot be read."""
+    """A model cannot be quantised as asked, or a description of four-bit weights not be followed;
+    where that is a checkpoint's, it comes as a CheckpointError.
+    """
 
 
 class DeviceError(VlmError, ValueError):

@@ -190,7 +190,7 @@ class StepGraph:
 
     @torch.inference_mode(False)  # so that its numbers can be written in and out of that mode
     def __init__(self, decoder: FastDecoder, past: Cache) -> None:
-        self.decoder, self.user = decoder, ref(past)
+        self.decoder, self.user = ref(decoder), ref(past)  # the decoder holds the graph
         self.buffers = [layer.buffer for layer in past.layers]
         room, device = self.buffers[0].shape[3], self.buffers[0].device
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -233,7 +233,7 @@ class StepGraph:
         appends = [partial(_write, buffer, self.at) for buffer in self.buffers]
         mask = torch.zeros_like(self.positions, dtype=rotation.dtype)
         mask = mask.masked_fill(self.positions > self.at, -torch.inf)[None]
-        return self.decoder.logits(self.token, rotation, appends, mask)
+        return self.decoder().logits(self.token, rotation, appends, mask)
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

@@ -108,6 +108,7 @@ def prepare_inputs_labels_for_multimodal(
                     order of the batch's placeholders
     labels          (b, n), becomes (b, n'), IGNORE_INDEX for pictures and padding
     padding_side    of the results; "left" for decoding
+    model_max_length  by default the model's `context_len`, if it has one
     truncate        cut what exceeds `model_max_length`; otherwise it is an error
 
     What was None stays None, except for the mask where padding was needed. Without pictures, and
@@ -115,6 +116,8 @@ def prepare_inputs_labels_for_multimodal(
     Raises PlaceholderError, ContextLengthError, ShapeError.
     Source: LLaVA:llava/model/llava_arch.py.
     """
+    if model_max_length is None:
+        model_max_length = getattr(model, "context_len", None)
     has_placeholder = bool((input_ids == IMAGE_TOKEN_INDEX).any())
     if not has_placeholder and (images is None or input_ids.shape[1] == 1):
         return input_ids, position_ids, attention_mask, past_key_values, None, labels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -38,18 +37,26 @@ def load_image(source: ImageSource) -> Image.Image:
     else:
         raise ImageError(f"expected a picture or a file name, got {type(source).__name__}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if handle is None:
-                return _rgb(source, name)
-            with Image.open(handle) as image:
-                return _rgb(image, name)
+        if handle is None:
+            return _rgb(source, name)
+        with Image.open(handle) as image:
+            _check_pixels(image)
+            return _rgb(image, name)
     except ImageError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise ImageError(f"{name}: too many pixels to be opened safely ({e})") from None
     except Exception as e:  # Pillow's readers raise whatever a broken file makes them raise
         raise ImageError(f"{name}: not a picture that can be read ({in_one_line(e)})") from None
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """What Pillow only warns of is an error here, without a filter for warnings: those are the
+    process's own, and pictures may be read in several threads.
+    """
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:
+        raise Image.DecompressionBombError(f"{pixels:,} pixels, of at most {most:,}")
 
 
 def _existing_file(source: str | os.PathLike) -> Path:

@@ -109,6 +109,7 @@ class InternVL(VisionLanguageModel):
 
     @property
     def tokens_per_tile(self) -> int:
+        """Positions that a tile takes."""
         return tokens_per_tile(self.config)
 
     @property

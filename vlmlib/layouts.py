@@ -154,7 +154,7 @@ def _settle_llava(model: Llava, config: Config) -> None:
     else:
         chatml = conv_templates["chatml_direct"].stop_str in model.tokenizer.get_vocab()
         style = "chatml_direct" if chatml else "vicuna_v1"
-    model.conversation = conv_templates[style]
+    model.conversation = conv_templates[style].copy()
     model.rounding = "original"
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from .cache import KVCache
 from .conversation import Conversation
 from .decoding import Chunk, Turn
-from .errors import CacheError, CheckpointError, ImageError, ShapeError, VideoError
+from .errors import CacheError, CheckpointError, ImageError, PromptError, ShapeError, VideoError
 from .fusion import prepare_inputs_labels_for_multimodal
 from .images import ImageSource, load_image, pad_to_square
 from .media import Medium, Video
@@ -117,7 +117,10 @@ class Llava(VisionLanguageModel):
             return super().encode_images(images)
         if len(images) != len(image_sizes):
             raise ShapeError(f"{len(images)} pictures, but {len(image_sizes)} image_sizes")
-        return [self.encode(self.sized(*x)) for x in zip(images, image_sizes, strict=True)]
+        return [
+            self.encode(x if isinstance(x, Medium) else self.sized(x, size))
+            for x, size in zip(images, image_sizes, strict=True)
+        ]
 
     def sized(self, pixels: Tensor, size: Size) -> Medium:
         """(3, h, w) or (t, 3, h, w) of a picture that was `size` (width, height) -> a medium."""
@@ -133,9 +136,11 @@ class Llava(VisionLanguageModel):
         for role, parts in messages:
             text = "".join(p.get("text", IMAGE_TOKEN + "\n") for p in self._content(parts))
             if role == "system":
-                talk.system = text
-            else:
+                talk.set_system(text)
+            elif role in ("user", "assistant"):
                 talk.append_message(talk.roles[role == "assistant"], text)
+            else:
+                raise PromptError(f"a role must be system, user or assistant, got {role!r}")
         talk.append_message(talk.roles[1], None)
         return talk.get_prompt()
 
@@ -160,6 +165,7 @@ class LlavaNext(Llava):
 
     @property
     def pinpoints(self) -> list[Size]:
+        """Sizes (width, height) that a picture may be fitted into."""
         return pinpoints(self.config)
 
     def processor_config(self) -> dict[str, Any]:
@@ -185,6 +191,7 @@ class LlavaNext(Llava):
         return Medium(pixels, anyres_tokens(*size, *grid, rounding=self.rounding), size=tuple(size))
 
     def medium(self, pixels: Tensor) -> Medium:
+        """Raises ShapeError: pixels alone do not tell the layout of the tiles."""
         raise ShapeError("LLaVA-1.6 needs the picture's size too: use prepare([picture]) or sized")
 
     def boxes(self, medium: Medium) -> Tensor:

@@ -129,7 +129,8 @@ def load_pretrained_model(
     """LLaVA's call: (tokenizer, model, image_processor, context_len); `options` are `load`'s.
 
     The layout of the checkpoint decides what it is, so `model_name` is only remembered as the
-    model's name. Weights that need a `model_base` must be merged into it first: CheckpointError.
+    model's name. Raises what `load` raises, and CheckpointError for weights that need a
+    `model_base`: they must be merged into it first.
     Source: LLaVA:llava/model/builder.py.
     """
     if model_base is not None:

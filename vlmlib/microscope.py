@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .errors import PromptError
 from .fusion import fuse
 from .media import Medium
 
@@ -25,9 +26,11 @@ def attention(
     model: VisionLanguageModel, prompt: str, media: Media = None, answer: Sequence[int] = ()
 ) -> Tensor:
     """Attention when the token behind `prompt` and the ids `answer` is chosen: (layers, heads, n),
-    each row a distribution over the n positions so far, pictures expanded.
+    each row a distribution over the n positions so far, pictures expanded. Raises PromptError.
     """
     ids, media = model.read(prompt, media)
+    if not (ids or answer):
+        raise PromptError("there is nothing to attend to: the prompt is empty")
     features = [model.features(m, m.key) for m in media]
     inputs = fuse([*ids, *answer], features, model.embed)
     cache = model.new_cache()

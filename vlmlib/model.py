@@ -204,6 +204,13 @@ class VisionLanguageModel(ABC):
         """An empty key/value cache for one sequence."""
         return KVCache(self.net.config)
 
+    def check_cache(self, cache: KVCache) -> None:
+        """Raise CacheError for what is no cache of this model's."""
+        if not isinstance(cache, KVCache):
+            raise CacheError(f"cache must be one of new_cache, got {type(cache).__name__}")
+        if cache.config() is not self.net.config:
+            raise CacheError("the cache is another model's: it was made by new_cache of that one")
+
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) or (b, n) ids -> (..., d)."""
         return self.net.get_input_embeddings()(ids.to(self.device))
@@ -257,6 +264,10 @@ class VisionLanguageModel(ABC):
             self._decoder = FastDecoder(self.net) if FastDecoder.supports(self.net) else None
         return self._decoder
 
+    def _weights(self) -> Hashable:
+        """A name for the language model's weights as they are now."""
+        return tuple(_versions(self._language_modules()))
+
     def _language_modules(self) -> Iterator[nn.Module]:
         return chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
 
@@ -272,12 +283,8 @@ class VisionLanguageModel(ABC):
         vision = [m for part in parts for m in part.modules() if m not in language]
         if torch.is_grad_enabled() or _hooked(vision):
             return self.encode(medium)
-        weights = chain.from_iterable(m.parameters(recurse=False) for m in vision)
         methods = (self.encode, self.tower_features, self.project)
-        names = (
-            *(getattr(method, "__func__", method) for method in methods),
-            *((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights),
-        )
+        names = (*(getattr(m, "__func__", m) for m in methods), *_versions(vision))
         return self.feature_cache.get((key, names), partial(self.encode, medium))
 
     def chat_prompt(self, parts: Sequence[Part]) -> str:
@@ -377,6 +384,8 @@ class VisionLanguageModel(ABC):
             check_writer(cache.common_prefix(content) >= start)
             cache.writer = me
             decoder = self.fast_decoder()
+            if start == 0:
+                cache.begin(self._weights())
             first_id, first_medium, offset = split_at(ids, lengths, start)
             seen = zip(media[first_medium:], keys[first_medium:], strict=True)
             features = [self.features(m, key) for m, key in seen]
@@ -427,8 +436,11 @@ class VisionLanguageModel(ABC):
         Raises PlaceholderError, ShapeError, ContextLengthError.
         Source: LLaVA:llava/model/language_model/llava_llama.py.
         """
+        if input_ids.dim() != 2 or not input_ids.shape[1]:
+            raise ShapeError(f"expected (b, n) ids, one at least, got {tuple(input_ids.shape)}")
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        check_ids(ids[mask.bool()].tolist(), len(self.net.get_input_embeddings().weight))
         _, _, mask, _, embeds, _ = prepare_inputs_labels_for_multimodal(
             self,
             ids,
@@ -450,20 +462,27 @@ class VisionLanguageModel(ABC):
         """Options of transformers' `generate`, and where they do not say it, what ends an answer
         and what is written behind its end.
         """
-        config, stop = options.get("generation_config"), self.stop_token_ids
+        config, stop = copy.copy(options.get("generation_config")), self.stop_token_ids
         pads = (self.net.generation_config.pad_token_id, self.tokenizer.pad_token_id, *stop)
         pad = next((i for i in pads if i is not None), None)
         own = {"eos_token_id": stop or None, "pad_token_id": pad}
-        return {k: v for k, v in own.items() if getattr(config, k, None) is None} | dict(options)
+        if config is None:
+            return own | dict(options)
+        for name, value in own.items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
+        return dict(options) | {"generation_config": config}
 
     def as_media(self, media: Media) -> list[Medium]:
-        """Media as they are; of pixel values (b, 3, h, w), or a list of (3, h, w) or (t, 3, h, w),
-        one medium for each entry. Raises ShapeError.
+        """Media, or one medium, as they are; of pixel values (b, 3, h, w), or a list of (3, h, w)
+        or (t, 3, h, w), one medium for each entry. Raises ShapeError.
         """
         if media is None:
             return []
         if isinstance(media, Tensor):
             media = list(media) if media.dim() == 4 else [media]
+        elif not isinstance(media, Sequence):
+            media = [media]
         out = []
         for m in media:
             if isinstance(m, Tensor) and m.dim() in (3, 4) and m.shape[-3] == 3:
@@ -477,10 +496,8 @@ class VisionLanguageModel(ABC):
     def _reusable(self, content, start_pos: int, cache: KVCache | None) -> tuple[KVCache, int]:
         """The cache to write into, and how many of its positions the new prompt can keep."""
         check_start(start_pos)
-        if cache is not None and not isinstance(cache, KVCache):
-            raise CacheError(f"cache must be one of new_cache, got {type(cache).__name__}")
-        if cache is not None and cache.config() is not self.net.config:
-            raise CacheError("the cache is another model's: it was made by new_cache of that one")
+        if cache is not None:
+            self.check_cache(cache)
         if start_pos > (0 if cache is None else len(cache)):
             held = "no cache was given" if cache is None else f"the cache holds {len(cache)}"
             raise CacheError(
@@ -488,6 +505,8 @@ class VisionLanguageModel(ABC):
             )
         if cache is None:
             return self.new_cache(), 0
+        if cache.weights not in (None, self._weights()):
+            return cache, 0  # what it holds was computed with other weights
         # The last position is always fed again: its logits are what the answer begins with.
         return cache, min(start_pos, cache.common_prefix(content), max(len(content) - 1, 0))
 
@@ -523,6 +542,13 @@ def _hooked(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
 
 
+def _versions(modules: Iterable[nn.Module]) -> Iterator[tuple]:
+    """Of each weight something that is another when it was moved, cast, exchanged or written in."""
+    for m in modules:
+        for w in chain(m.parameters(recurse=False), m.buffers(recurse=False)):
+            yield w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version
+
+
 def check_pixels(pixels: Tensor, size: int | Sequence[int]) -> None:
     """Raise ShapeError for what are not (t, 3, h, w) pixels of that size, a side or (h, w)."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -555,7 +581,7 @@ def check_writer(alone: bool) -> None:
         )
 
 
-def check_ids(ids: Sequence[int], n: int) -> None:
+def check_ids(ids: Iterable[int], n: int) -> None:
     """Raise PromptError for what is neither one of n ids nor a placeholder."""
     for i in ids:
         if not isinstance(i, int) or not (0 <= i < n or i == IMAGE_TOKEN_INDEX):

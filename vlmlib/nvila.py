@@ -202,6 +202,8 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         counts = [self._tiles_in(block) for block in blocks]
         if sum(counts) != len(tiles):
             raise ShapeError(f"{len(tiles)} tiles, but block_sizes {blocks} need {counts}")
+        if len(shapes := {tuple(tile.shape) for tile in tiles}) > 1:
+            raise ShapeError(f"the tiles must be of one size, got {sorted(shapes)}")
         groups = torch.stack(list(tiles)).split(counts)
         return [self.medium(t, block=b) for t, b in zip(groups, blocks, strict=True)]
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache import KVCache
+from .decoding import last_chunk
 from .errors import PromptError, ShapeError
-from .fusion import prepare_inputs_labels_for_multimodal
+from .fusion import check_lengths, prepare_inputs_labels_for_multimodal
 from .media import Medium
-from .model import as_parts, sources_of
+from .model import as_parts, check_ids, sources_of
 from .nvila_model import MEDIA_TOKENS
 from .sampling import GenParams, check_whole
 from .tokenization import (
@@ -68,6 +69,8 @@ class LlavaMetaForCausalLM:
         Raises PlaceholderError when a kind has more or fewer media than placeholders,
         ContextLengthError and ShapeError.
         """
+        if input_ids.dim() != 2 or not input_ids.shape[1]:
+            raise ShapeError(f"expected (b, n) ids, one at least, got {tuple(input_ids.shape)}")
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
         mask = mask.bool()
@@ -75,6 +78,7 @@ class LlavaMetaForCausalLM:
             raise ShapeError(f"ids are {tuple(ids.shape)}, the mask is {tuple(mask.shape)}")
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.to(self.device)
         rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        check_ids(chain.from_iterable(rows), len(self.net.get_input_embeddings().weight))
         ordered = self.in_order(rows, self.as_media(media, media_config))
         for token_id in self.media_token_ids.values():
             ids = ids.masked_fill(ids == token_id, IMAGE_TOKEN_INDEX)
@@ -165,8 +169,8 @@ class LlavaMetaForCausalLM:
             return _text(out[0].tolist(), self.tokenizer).strip()
         greedy = GenParams.greedy(n_predict=self.context_len)
         params = greedy if generation_config is None else generation_config
-        *_, last = self.choose_weights(quant_llm).stream_prompt(text, media, params)
-        return last["text"].strip()
+        chunks = self.choose_weights(quant_llm).stream_prompt(text, media, params)
+        return last_chunk(chunks)["text"].strip()
 
     def benchmark(
         self,
@@ -187,7 +191,7 @@ class LlavaMetaForCausalLM:
         for _ in range(repeats):
             encode.append(self._encode_time(media))
             model.feature_cache.clear()
-            *_, last = model.stream_prompt(text, media, params)
+            last = last_chunk(model.stream_prompt(text, media, params))
             context.append(last["timing"]["context_time"])
             steps += last["timing"]["generation_time_list"]
             tokens = last["usage"]["prompt_tokens"]
@@ -251,17 +255,21 @@ class LlavaMetaForCausalLM:
         cache             None is one that belongs to the model, for stepping by hand; it begins
                           anew at `start_pos` 0. Two sequences at once need a cache each.
 
-        Raises CacheError when the cache does not reach `start_pos`, ShapeError for a batch.
+        Raises CacheError when the cache does not reach `start_pos` or is of other weights,
+        ContextLengthError, and ShapeError for a batch.
         """
         if len(input_ids) != 1:
             raise ShapeError(f"stream_gen takes one sequence, got {len(input_ids)}")
         ids, mask = self.expanded(input_ids, attention_mask, media_cfg)
         embeds, _, _ = self._embed(ids, media, media_cfg, None, mask)
+        check_lengths([start_pos + embeds.shape[1]], self.context_len)
+        model = self.choose_weights(quant_llm)
         if cache is None:
-            if self._own_cache is None:
-                self._own_cache = self.new_cache()
-            cache = self._own_cache
-        logits = self.choose_weights(quant_llm).forward(embeds, start_pos, cache)
+            if model._own_cache is None:
+                model._own_cache = model.new_cache()
+            cache = model._own_cache
+        model.check_cache(cache)
+        logits = model.forward(embeds, start_pos, cache)
         return logits[:, None], embeds.shape[1]
 
 

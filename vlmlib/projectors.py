@@ -89,7 +89,9 @@ def build_projector(kind: str, c_in: int, d_out: int) -> Projector:
 
 
 def projected_side(kind: str, side: int) -> int:
-    """side x side positions in -> how many a side come out: 32 -> 16 for `mlp_downsample`."""
+    """side x side positions in -> how many a side come out: 32 -> 16 for `mlp_downsample`. Raises
+    CheckpointError for a kind that is not known.
+    """
     return -(-side // folded(kind))
 
 

@@ -137,6 +137,7 @@ def prepare_logits_processor(
     """transformers' own processors in the order asked for, without those that do nothing.
 
     The order matters: top-p counts the probabilities that top-k leaves, or the other way round.
+    Raises GenParamsError.
     Source of the thresholds and the default order: llm-awq:tinychat/stream_generators.
     """
     _check_warpers(temperature, repetition_penalty, top_p, top_k, order)
@@ -200,9 +201,13 @@ def entropy(probabilities: Tensor) -> float:
 def check_finite(logits: Tensor, step: int) -> None:
     """NaN or +inf in (1, v) logits is an error that says how many, where and in which dtype.
 
-    -inf passes: models use it for ids that must never come.
+    -inf passes: models use it for ids that must never come. If all are, nothing can come.
     """
     bad = logits.isnan() | logits.isposinf()
+    if logits.isneginf().all():
+        raise NonFiniteLogitsError(
+            f"step {step}: all {logits.numel()} logits are -inf, so that no id can come"
+        )
     if bad.any():
         raise NonFiniteLogitsError(
             f"step {step}: {int(bad.sum())} of {logits.numel()} logits are NaN or +inf "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from .cache import KVCache
-from .decoding import Chunk
+from .decoding import Chunk, last_chunk
 from .model import Part, VisionLanguageModel, as_parts, sources_of
 from .sampling import GenParams
 
@@ -62,9 +62,10 @@ def answer(
     gen_params: GenParams | Mapping[str, Any] | None = None,
     **options,
 ) -> str:
-    """The whole answer at once: `stream` with these parameters, read to its end."""
-    *_, last = stream(model, parts, gen_params, **options)
-    return last["text"]
+    """The whole answer at once: `stream` with these parameters, read to its end. Raises what that
+    raises.
+    """
+    return last_chunk(stream(model, parts, gen_params, **options))["text"]
 
 
 def stream_output(

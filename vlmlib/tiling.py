@@ -76,7 +76,7 @@ def patch_boxes(
 def tile_grids(min_num: int, max_num: int) -> list[Size]:
     """All (cols, rows) with min_num <= cols * rows <= max_num, fewest tiles first.
 
-    Of two grids with as many tiles the one with fewer columns comes first.
+    Of two grids with as many tiles the one with fewer columns comes first. Raises ShapeError.
     """
     if not 1 <= min_num <= max_num <= MOST_TILES:
         raise ShapeError(
@@ -123,7 +123,7 @@ def dynamic_preprocess(
     """A picture -> square tiles of `image_size`; the aspect changes to that of the nearest grid.
 
     With `use_thumbnail` the whole picture, squeezed into one tile, comes last; not if there is only
-    one tile. Source: VILA:llava/mm_utils.py.
+    one tile. Raises ImageError and ShapeError. Source: VILA:llava/mm_utils.py.
     """
     image = load_image(image)
     tiles = _stretched(image, dynamic_grid(*image.size, min_num, max_num, image_size), image_size)
@@ -140,7 +140,7 @@ def dynamic_tiles(
     image_size: int = 448,
     use_thumbnail: bool = False,
 ) -> int:
-    """How many tiles `dynamic_preprocess` makes."""
+    """How many tiles `dynamic_preprocess` makes. Raises ShapeError."""
     cols, rows = dynamic_grid(width, height, min_num, max_num, image_size)
     return cols * rows + (use_thumbnail and cols * rows > 1)
 
@@ -198,7 +198,8 @@ def dynamic_s2_preprocess(
 ) -> tuple[list[Image.Image], Size]:
     """A picture -> the tiles of all scales, smallest scale first, and the last one's (rows, cols).
 
-    Every scale but the last is a square of tiles. Source: VILA:llava/mm_utils.py.
+    Every scale but the last is a square of tiles. Raises ImageError and ShapeError.
+    Source: VILA:llava/mm_utils.py.
     """
     image = load_image(image)
     block_size = dynamic_s2_block(*image.size, s2_scales, max_num, image_size)
@@ -215,7 +216,7 @@ def dynamic_s2_tiles(
     max_num: int = 12,
     image_size: int = 448,
 ) -> int:
-    """How many tiles `dynamic_s2_preprocess` makes."""
+    """How many tiles `dynamic_s2_preprocess` makes. Raises ShapeError."""
     block_size = dynamic_s2_block(width, height, s2_scales, max_num, image_size)
     return sum(rows * cols for rows, cols in s2_grids(block_size, s2_scales))
 
@@ -230,7 +231,9 @@ def dynamic_s2_tokens(
     tokens_per_tile: int = 256,
     resize_output_to_scale_idx: int = -1,
 ) -> int:
-    """Positions of a picture after merging its scales at the chosen one, and the projector."""
+    """Positions of a picture after merging its scales at the chosen one, and the projector.
+    Raises ShapeError.
+    """
     block_size = dynamic_s2_block(width, height, s2_scales, max_num, image_size)
     rows, cols = s2_grids(block_size, s2_scales)[resize_output_to_scale_idx]
     return rows * cols * tokens_per_tile
@@ -243,10 +246,12 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
     """The resolution that keeps most of the picture's pixels, and of those the least wasteful.
 
     On a tie the first one wins. The original checkpoints list (width, height), transformers' list
-    (height, width): swap those. Source: LLaVA:llava/mm_utils.py.
+    (height, width): swap those. Raises ShapeError. Source: LLaVA:llava/mm_utils.py.
     """
     width, height = original_size
     _check_size(width, height)
+    if not possible_resolutions:
+        raise ShapeError("there are no resolutions to choose from")
 
     def score(resolution: Size) -> tuple[int, int]:
         w, h = resolution
@@ -261,7 +266,9 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
 def get_anyres_image_grid_shape(
     image_size: Size, grid_pinpoints: Sequence[Size], tile: int
 ) -> Size:
-    """The (cols, rows) of tiles of the best resolution. Source: LLaVA:llava/mm_utils.py."""
+    """The (cols, rows) of tiles of the best resolution. Raises ShapeError.
+    Source: LLaVA:llava/mm_utils.py.
+    """
     width, height = select_best_resolution(image_size, grid_pinpoints)
     if width % tile or height % tile:
         raise ShapeError(f"resolution {width}x{height} does not divide into tiles of {tile}")
@@ -279,7 +286,8 @@ def anyres_tiles(
 ) -> list[Image.Image]:
     """A picture -> the whole of it squeezed into one tile, then the tiles of the best resolution.
 
-    There the picture keeps its aspect, on black. Source: LLaVA:llava/mm_utils.py.
+    There the picture keeps its aspect, on black. Raises ImageError and ShapeError.
+    Source: LLaVA:llava/mm_utils.py.
     """
     image = load_image(image)
     cols, rows = get_anyres_image_grid_shape(image.size, pinpoints, tile_size)
@@ -306,9 +314,11 @@ def unpadded_size(
     """How many of `rows` and `cols` are left once the padding of `fit_inside` is cut off.
 
     What is cut is the same on both sides, so an odd row may stay; at least one always does.
-    `rounding` is a key of ROUNDING: "original", or "hf" for transformers' checkpoints.
+    `rounding` is a key of ROUNDING: "original", or "hf" for transformers' checkpoints. Raises
+    ShapeError, and ValueError for another rounding.
     """
     width, height = original_size
+    _check_size(width, height)
     if rounding not in ROUNDING:
         raise ValueError(f"rounding must be one of {list(ROUNDING)}, got {rounding!r}")
     round_ = ROUNDING[rounding]
@@ -322,7 +332,8 @@ def _without_margins(size: int, inner: int) -> int:
 
 
 def unpad_image(tensor: Tensor, original_size: Size, *, rounding: str = "original") -> Tensor:
-    """(c, h, w) of a padded picture -> the part that is picture, see `unpadded_size`.
+    """(c, h, w) of a padded picture -> the part that is picture; see `unpadded_size`, also for what
+    it raises.
 
     Source: LLaVA:llava/model/llava_arch.py; "hf": transformers:models/llava_next.
     """
@@ -409,7 +420,7 @@ def anyres_tokens(
     merge_type: str = "spatial_unpad",
     rounding: str = "original",
 ) -> int:
-    """How many positions `merge_anyres` gives a picture of this size."""
+    """How many positions `merge_anyres` gives a picture of this size. Raises ShapeError."""
     _check_merge_type(merge_type)
     side = tile_size // patch_size
     cols, rows = get_anyres_image_grid_shape((width, height), pinpoints, tile_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -95,8 +96,8 @@ class TextStream:
     """Ids in, readable text out, one id at a time at constant cost.
 
     `text` never ends in half a character and never holds a part of a stop string; text that could
-    still become one is kept back until the next id decides, or until `flush`. Bytes that cannot
-    become a character any more are shown as U+FFFD.
+    still become one is kept back until the next id decides, or until `flush`. Bytes that became no
+    character are shown as U+FFFD once there is text behind them, and left out at the end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
@@ -107,13 +108,15 @@ class TextStream:
             )
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []  # of the last readable piece, and what came since
+        self._readable = 0  # how many are of that piece
         self._stop = tuple(stop)
         self._held = ""
         self.text = ""
 
     def push(self, token_id: int) -> bool:
         """Add one id; True when the text now holds a stop string (which is cut off)."""
-        self._held += self._stream.step(self._backend, token_id) or ""
+        self._held += self._read(token_id)
         hits = [at for s in self._stop if (at := self._held.find(s)) >= 0]
         if hits:
             self.text += self._held[: min(hits)]
@@ -123,6 +126,24 @@ class TextStream:
         self.text += self._held[:ready]
         self._held = self._held[ready:]
         return False
+
+    def _read(self, token_id: int) -> str:
+        """What one more id adds. In a tokenizer with bytes, as Llama's is, a broken character also
+        spoils whole ones before it that are written in bytes. tokenizers raises for that; what has
+        been shown of them stays.
+        """
+        self._ids.append(token_id)
+        try:
+            new = self._stream.step(self._backend, token_id)
+        except Exception:
+            decode = partial(self._backend.decode, skip_special_tokens=True)
+            shown = decode(self._ids[: self._readable])
+            new = decode(self._ids)[len(shown) :]
+            self._stream = DecodeStream(self._ids[self._readable :], skip_special_tokens=True)
+        if new:
+            self._ids = self._ids[self._readable :]
+            self._readable = len(self._ids)
+        return new or ""
 
     def flush(self) -> None:
         """No more ids will come: what was held back is plain text after all."""

@@ -73,7 +73,7 @@ def get_index(
 
 
 def uniform_indices(n: int, num: int) -> list[int]:
-    """`num` of n frames at equal distances, the first and the last included.
+    """`num` of n frames at equal distances, the first and the last included. Raises VideoError.
 
     Source: VILA:llava/utils/media.py.
     """

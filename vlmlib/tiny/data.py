@@ -84,12 +84,14 @@ class Share:
     weights   how often each kind of question is asked
     usual     the kind that is asked about every other one besides; it can always be asked
     close_up  share that is shown as `close_up`
+    side      of a close-up, in pixels: those that the model looks at in as few tiles as it can
     """
 
     of_all: float
     weights: Mapping[str, float]
     usual: str
     close_up: float = 0.0
+    side: int = PIXELS
 
 
 SCENES_AND_CLIPS = {
@@ -102,11 +104,13 @@ MIXES = {
         "scene": Share(0.85, WEIGHTS, "caption"),
         "print": Share(0.15, PRINT_WEIGHTS, "find_print"),
     },
-    "nvila": SCENES_AND_CLIPS,
+    "nvila": SCENES_AND_CLIPS
+    | {"print": replace(SCENES_AND_CLIPS["print"], side=2 * PIXELS)},  # its last scale's tiles
     "internvl": SCENES_AND_CLIPS,
 }
 """What each family learns from. LLaVA takes no clips, and crops a picture to a square: it is asked
-for small print like the others, but not for things that it may not see.
+for small print like the others, but not for things that it may not see. NVILA enlarges what is
+smaller than two tiles a side, and would learn to read letters of a size that it never meets.
 """
 
 TO_READ = {
@@ -276,13 +280,13 @@ def attention_mask(blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 Region = Sequence[float]
 
 
-def close_up(scene: Scene, enlarged: float = 1.0) -> Scene:
-    """A scene with small print on a single tile, the print as large as in the tiles of a large
-    picture, or `enlarged` so many times: many times the practice in reading for the same work.
+def close_up(scene: Scene, enlarged: float = 1.0, side: int = PIXELS) -> Scene:
+    """A scene with small print on a square of `side` pixels, the print as large as in the tiles of
+    a large picture, or `enlarged` so many times: more practice in reading for the same work.
     """
-    side = 3 * PIXELS  # of a large picture in tiles
-    print_height = scene.print_height * enlarged * side / PIXELS
-    return replace(scene, size=(PIXELS, PIXELS), print_height=print_height)
+    large = 3 * PIXELS  # side of a large picture in tiles
+    print_height = scene.print_height * enlarged * large / side
+    return replace(scene, size=(side, side), print_height=print_height)
 
 
 def patch_targets(scene: Scene, size: tuple[int, int], region: Region = (0, 0, 1, 1)) -> np.ndarray:
@@ -405,7 +409,7 @@ class Stream(Dataset):
         size = rng.choice((PIXELS,) * 8 + (2 * PIXELS, 3 * PIXELS))
         moments = frame_moments(rng.uniform(0, 0.5))
         if share.close_up and rng.random() < share.close_up:
-            shown = close_up(shown, rng.uniform(1, ENLARGED))
+            shown = close_up(shown, rng.uniform(1, ENLARGED), share.side)
         if content == "clip":
             pictures = frames(shown, moments, PIXELS)
         else:

@@ -57,7 +57,7 @@ RECIPES = {
     ),
     "tiny-nvila": Recipe(
         "tiny-nvila",
-        steps=1_800,
+        steps=4_000,
         look_steps=0,
         batch_size=16,
         flat_until=0.5,
