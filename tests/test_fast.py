@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import weakref
 from dataclasses import replace
 from unittest.mock import MagicMock, patch
 from weakref import ref
@@ -667,7 +666,7 @@ def test_a_recorded_step_does_not_keep_its_decoder(recorded):
     cache, _ = prefilled(net, 9)
     with torch.inference_mode():
         decoder(torch.tensor([[1]]), cache)
-    gone = weakref.ref(decoder)
+    gone = ref(decoder)
     gc.disable()
     try:
         del decoder

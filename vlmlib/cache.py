@@ -128,12 +128,11 @@ class KVCache:
         self._unread.append(token)
 
     def begin(self, weights: Hashable) -> None:
-        """Forget everything, and what it was kept in if that was for other weights, perhaps of
-        another dtype or on another device.
+        """From position 0 with these weights. What others computed goes, with the memory that it
+        was kept in, which may be of another dtype or on another device.
         """
-        self.keep(0)
         if self.weights not in (None, weights):
-            self.past = _growing(self.config())
+            self.past, self.content = _growing(self.config()), []
         self.weights = weights
 
     def common_prefix(self, content: Sequence[Hashable]) -> int:

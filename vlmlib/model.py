@@ -436,11 +436,7 @@ class VisionLanguageModel(ABC):
         Raises PlaceholderError, ShapeError, ContextLengthError.
         Source: LLaVA:llava/model/language_model/llava_llama.py.
         """
-        if input_ids.dim() != 2 or not input_ids.shape[1]:
-            raise ShapeError(f"expected (b, n) ids, one at least, got {tuple(input_ids.shape)}")
-        ids = input_ids.to(self.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
-        check_ids(ids[mask.bool()].tolist(), len(self.net.get_input_embeddings().weight))
+        ids, mask = self.as_batch(input_ids, attention_mask)
         _, _, mask, _, embeds, _ = prepare_inputs_labels_for_multimodal(
             self,
             ids,
@@ -457,6 +453,19 @@ class VisionLanguageModel(ABC):
             embeds = self.embed(ids)
         options = self.with_stop_tokens(options)
         return self.net.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+    def as_batch(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(b, n) ids and what masks their padding (None: nothing does) on the model's device.
+        Raises ShapeError, and PromptError for what is no id.
+        """
+        if input_ids.dim() != 2 or not input_ids.shape[1]:
+            raise ShapeError(f"expected (b, n) ids, one at least, got {tuple(input_ids.shape)}")
+        ids = input_ids.to(self.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        if mask.shape != ids.shape:
+            raise ShapeError(f"ids are {tuple(ids.shape)}, the mask is {tuple(mask.shape)}")
+        check_ids(ids[mask.bool()].tolist(), len(self.net.get_input_embeddings().weight))
+        return ids, mask
 
     def with_stop_tokens(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of transformers' `generate`, and where they do not say it, what ends an answer
@@ -581,7 +590,7 @@ def check_writer(alone: bool) -> None:
         )
 
 
-def check_ids(ids: Iterable[int], n: int) -> None:
+def check_ids(ids: Sequence[int], n: int) -> None:
     """Raise PromptError for what is neither one of n ids nor a placeholder."""
     for i in ids:
         if not isinstance(i, int) or not (0 <= i < n or i == IMAGE_TOKEN_INDEX):

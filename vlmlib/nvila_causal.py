@@ -21,7 +21,7 @@ from .decoding import last_chunk
 from .errors import PromptError, ShapeError
 from .fusion import check_lengths, prepare_inputs_labels_for_multimodal
 from .media import Medium
-from .model import as_parts, check_ids, sources_of
+from .model import as_parts, sources_of
 from .nvila_model import MEDIA_TOKENS
 from .sampling import GenParams, check_whole
 from .tokenization import (
@@ -67,18 +67,12 @@ class LlavaMetaForCausalLM:
         truncate        cut what exceeds the context; otherwise it is an error
 
         Raises PlaceholderError when a kind has more or fewer media than placeholders,
-        ContextLengthError and ShapeError.
+        PromptError, ContextLengthError and ShapeError.
         """
-        if input_ids.dim() != 2 or not input_ids.shape[1]:
-            raise ShapeError(f"expected (b, n) ids, one at least, got {tuple(input_ids.shape)}")
-        ids = input_ids.to(self.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        ids, mask = self.as_batch(input_ids, attention_mask)
         mask = mask.bool()
-        if mask.shape != ids.shape:
-            raise ShapeError(f"ids are {tuple(ids.shape)}, the mask is {tuple(mask.shape)}")
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.to(self.device)
         rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        check_ids(chain.from_iterable(rows), len(self.net.get_input_embeddings().weight))
         ordered = self.in_order(rows, self.as_media(media, media_config))
         for token_id in self.media_token_ids.values():
             ids = ids.masked_fill(ids == token_id, IMAGE_TOKEN_INDEX)
