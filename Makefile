@@ -17,7 +17,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 BEFORE := tiny-internvl:tiny-llava tiny-nvila:tiny-internvl
 START  := $(addprefix --start data/checkpoints/,$(patsubst $(MODEL):%,%,$(filter $(MODEL):%,$(BEFORE))))
 DEPS   := pyproject.toml constraints.txt
-NBVAL  := --nbval --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval_sanitize.cfg
+NBVAL  := -p tests.nbval_solutions --nbval --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .PHONY: lab test lint unit nbval browser train-tiny eval-tiny notebooks clean
 
