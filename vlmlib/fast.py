@@ -36,9 +36,7 @@ Append = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one decoder layer, (out, in) or, of `o` and `down`, (in, out); an Int4Linear
-    has its bias in it.
-    """
+    """The weights of one decoder layer, (in, out); an Int4Linear has its bias in it."""
 
     norm: Tensor
     qkv: Tensor | Int4Linear
@@ -62,7 +60,7 @@ class FastDecoder:
         self.head_dim = decoder.layers[0].self_attn.head_dim
         self.eps = config.rms_norm_eps
         self.layers = [_fused(layer) for layer in decoder.layers]
-        self.norm, self.head = decoder.norm.weight, net.lm_head.weight
+        self.norm, self.head = decoder.norm.weight, net.lm_head.weight.detach().T
         self.embeddings = decoder.embed_tokens.weight
         self.mean_square = None
         if self.embeddings.is_cpu and self.embeddings.dtype == torch.float32:
@@ -72,6 +70,7 @@ class FastDecoder:
         self.table = self.embeddings.new_empty(0, 2, 1, self.head_dim)
         heads = torch.arange(self.heads + 2 * self.kv_heads, device=self.embeddings.device)
         self.turns = (heads < self.heads + self.kv_heads)[:, None]  # values do not
+        self.rolled = torch.arange(self.head_dim, device=heads.device).roll(self.head_dim // 2)
         self.still = self.embeddings.new_tensor([1, 0])[:, None, None]
         self.addresses = _addresses(net)
         self.records_graphs = self.embeddings.is_cuda
@@ -125,21 +124,21 @@ class FastDecoder:
         mask      (1, n), added to the scores of the positions that `appends` return
         """
         cos, sin = torch.where(self.turns, rotation, self.still).unbind(0)  # (h + 2k, e)
-        x = F.embedding(token[0], self.embeddings)  # (1, d)
+        x = self.embeddings.index_select(0, token[0])  # (1, d)
         for layer, append in zip(self.layers, appends, strict=True):
             y = self.normed(x, layer.norm)
             qkv = _product(y, layer.qkv, layer.qkv_bias).view(-1, self.head_dim)  # (h + 2k, e)
-            qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
-            q, kv = qkv.split((self.heads, 2 * self.kv_heads))
+            qkv = torch.addcmul(qkv * cos, qkv.index_select(1, self.rolled), sin)
+            q, kv = qkv.split_with_sizes((self.heads, 2 * self.kv_heads))
             keys, values = append(kv)
             # Queries that share their keys stand in a row, as if they were positions.
             q = q.view(1, self.kv_heads, -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, keys, values, mask)
-            x = _added(x, y.reshape(1, -1), layer.o)
+            x = _product(y.reshape(1, -1), layer.o, added=x)
             y = self.normed(x, layer.mlp_norm)
             gate, up = _product(y, layer.gate_up).chunk(2, dim=-1)
-            x = _added(x, F.silu(gate).mul_(up), layer.down)
-        return F.linear(self.normed(x, self.norm), self.head)
+            x = _product(F.silu(gate).mul_(up), layer.down, added=x)
+        return torch.mm(self.normed(x, self.norm), self.head)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """F.rms_norm of (1, d). A CPU has no kernel for it: in float32 fewer operations do."""
@@ -261,13 +260,11 @@ def _write(buffer: Tensor, at: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return buffer.unbind(0)
 
 
-def _product(x: Tensor, weight: Tensor | Int4Linear, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x)
-
-
-def _added(x: Tensor, y: Tensor, weight: Tensor | Int4Linear) -> Tensor:
-    """x plus the product of y."""
-    return torch.addmm(x, y, weight) if isinstance(weight, Tensor) else x + weight(y)
+def _product(x: Tensor, weight: Tensor | Int4Linear, added: Tensor | None = None) -> Tensor:
+    """Of (1, i) -> (1, o), and what is to be added."""
+    if isinstance(weight, Tensor):
+        return torch.mm(x, weight) if added is None else torch.addmm(added, x, weight)
+    return weight(x) if added is None else added + weight(x)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -286,14 +283,14 @@ def _fused(layer: nn.Module) -> Layer:
         norm=layer.input_layernorm.weight,
         qkv=qkv,
         qkv_bias=qkv_bias,
-        o=_transposed(attention.o_proj),
+        o=_matrix(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
         gate_up=gate_up,
-        down=_transposed(mlp.down_proj),
+        down=_matrix(mlp.down_proj),
     )
 
 
-def _transposed(layer: nn.Linear | Int4Linear) -> Tensor | Int4Linear:
+def _matrix(layer: nn.Linear | Int4Linear) -> Tensor | Int4Linear:
     return layer if isinstance(layer, Int4Linear) else layer.weight.detach().T
 
 
@@ -308,4 +305,4 @@ def _fuse(parts: list) -> tuple[Tensor | Int4Linear, Tensor | None]:
     """Several layers that read one input as one, with a bias that is not in it."""
     if isinstance(parts[0], Int4Linear):
         return Int4Linear.stacked(parts), None
-    return joined(parts, "weight"), joined(parts, "bias")
+    return joined(parts, "weight").T, joined(parts, "bias")
