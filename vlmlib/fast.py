@@ -60,7 +60,7 @@ class FastDecoder:
         self.head_dim = decoder.layers[0].self_attn.head_dim
         self.eps = config.rms_norm_eps
         self.layers = [_fused(layer) for layer in decoder.layers]
-        self.norm, self.head = decoder.norm.weight, net.lm_head.weight.detach().T
+        self.norm, self.head = decoder.norm.weight, _matrix(net.lm_head)
         self.embeddings = decoder.embed_tokens.weight
         self.mean_square = None
         if self.embeddings.is_cpu and self.embeddings.dtype == torch.float32:
