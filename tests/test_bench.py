@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from unittest.mock import MagicMock, call
 
@@ -77,11 +79,17 @@ def test_all_contenders_say_the_same_and_are_timed(model):
     assert list(first) == ["preprocess", "vision", "prefill", "first token"]
     assert 150 <= result["second_turn"]["history"] < 150 + 30, "a sentence more at most"
     assert not result["failed"]
+    assert torch.backends.cpu.get_cpu_capability() in result["machine"]
     assert any(bench.STREAMER in note for note in notes)
     assert json.loads(json.dumps(result)) == result
     words = bench.table(result)
     assert all(name in words for name in result["steps"])
     assert png_of(step_times(result)).startswith(b"\x89PNG")
+
+
+def test_a_table_needs_no_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import vlmlib.bench"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_random_weights_say_one_id_after_the_other(model):

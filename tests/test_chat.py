@@ -207,3 +207,46 @@ def test_what_other_weights_computed_is_not_kept(fast):
         (ids, timing), (same, _) = (talk(c, TURNS[1:2])[0] for c in (chat, fresh))
         assert ids == same and timing["reused_tokens"] == 0
     assert talk(chat, TURNS[1:2])[0][1]["reused_tokens"] > 0
+
+
+def negate(module):
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.neg_()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: negate(model.net.model.vision_tower),
+        lambda model: negate(model.net.model.multi_modal_projector),
+        lambda model: setattr(model.config, "vision_feature_layer", -3),
+        lambda model: setattr(model, "project", lambda *args: -type(model).project(model, *args)),
+    ],
+    ids=["tower", "projector", "setting", "method"],
+)
+def test_a_picture_that_is_encoded_otherwise_is_not_kept(change):
+    model = tiny_llava(**ROOM)
+    chat = Chat(model)
+    talk(chat, TURNS[:1])
+    fed = {}
+    for name, then in (("before", lambda _: None), ("after", change)):
+        then(model)
+        prompt, media = transcript(model, [*chat.messages, ("user", tuple(TURNS[1]))])
+        whole = model.turn(prompt, media).prefill()
+        turn = model.turn(prompt, media, start_pos=len(chat.cache), cache=chat.cache)
+        fed[name] = whole
+        assert (turn.reused_tokens > 0) == (name == "before")
+        torch.testing.assert_close(turn.prefill(), whole, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(fed["before"], fed["after"], atol=1e-2)
+
+
+def test_weights_that_change_before_a_turn_is_read():
+    model = tiny_llava(**ROOM)
+    chat = Chat(model)
+    talk(chat, TURNS[:1])
+    prompt, media = transcript(model, [*chat.messages, ("user", tuple(TURNS[1]))])
+    turn = model.turn(prompt, media, start_pos=len(chat.cache), cache=chat.cache)
+    negate(model.net.model.multi_modal_projector)
+    with pytest.raises(CacheError, match="other weights or settings: begin anew at start_pos 0"):
+        turn.prefill()

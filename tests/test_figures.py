@@ -55,6 +55,14 @@ def test_few_colours_are_those_of_the_picture():
     assert opened(show(picture, **WORDS, colours=8)).convert("RGB").getpixel((12, 12))[0] > 200
 
 
+def test_a_figure_keeps_all_colours_where_they_tell_something():
+    figure, ax = axes(3, 2)
+    ax.imshow(np.random.default_rng(0).random((30, 40, 3)))
+    usual, whole = (show(figure, **WORDS, **options) for options in ({}, {"colours": 0}))
+    number = [len(opened(shown).convert("RGB").getcolors(10**6)) for shown in (usual, whole)]
+    assert number[0] <= 256 and number[1] > 1000
+
+
 def test_words_are_needed():
     with pytest.raises(ValueError, match="a caption and an alt text"):
         show(noise(5, 5), caption=" ", alt="x")

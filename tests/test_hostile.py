@@ -626,11 +626,12 @@ def with_template(template: str | None) -> Callable[[Place], Any]:
     return act
 
 
-def other_tokenizer(place: Place):
-    tokenizer = fresh_tokenizer()
+def other_tokenizer(place: Place, path: str = "vlmlib"):
+    tokenizer, net = fresh_tokenizer(), place.model().net
     tokenizer.add_tokens([f"word{i}" for i in range(20)])
-    model = vlmlib.Llava(place.model().net, tokenizer, place.model().image_processor)
-    return model.turn("word19")
+    if path == "transformers":
+        return vlmlib.LlavaStreamGenerator(net, tokenizer, "word19", 0, GenParams())
+    return vlmlib.Llava(net, tokenizer, place.model().image_processor).turn("word19")
 
 
 SNEAKY = (
@@ -784,11 +785,14 @@ PROMPTS = [
             ("is not there", None, "chat_template is not set"),
         )
     ),
-    bad(
-        "another model's tokenizer",
-        PromptError,
-        "has the id 390, but the model knows only",
-        other_tokenizer,
+    *(
+        bad(
+            f"another model's tokenizer, {path}",
+            PromptError,
+            "has the id 390, but the model knows only",
+            partial(other_tokenizer, path=path),
+        )
+        for path in ("vlmlib", "transformers")
     ),
     *(
         bad(

@@ -974,6 +974,7 @@ def test_generate_content_is_the_streams_text(parts):
     assert model.generate_content(parts, GREEDY, quant_llm=False) == text
     greedy = {"temp": 0.0, "repeat_penalty": 1.0, "top_p": 1.0, "top_k": 0, "n_predict": 10}
     assert model.generate_content(parts, greedy) == text
+    assert model.generate_content(parts, {"n_predict": 10}) == text
     config = GenerationConfig(max_new_tokens=10, do_sample=False)
     before = config.to_dict()
     assert model.generate_content(parts, config) == text
@@ -1148,6 +1149,20 @@ def test_forms_of_media():
     assert without_times(found) == expected
 
 
+def test_tiles_of_one_picture_under_either_name():
+    model, parts = shared("dynamic_s2"), PARTS[1]
+    media, media_cfg = model.prepare_media([{"from": "human", "value": parts}])
+    prompt = model.chat_prompt(parts)
+    assert media_cfg["image"]["block_sizes"] and len(media["image"]) > 1
+    expected = without_times(NVILAStreamGenerator(model, GREEDY, prompt, media, media_cfg))
+    for tiles in (media["image"], torch.stack(media["image"])):
+        found = NVILAStreamGenerator(model, GREEDY, prompt, image_tensor=tiles, media_cfg=media_cfg)
+        assert without_times(found) == expected
+    (medium,) = model.prepare([p for p in parts if not isinstance(p, str)])
+    found = NVILAStreamGenerator(model, GREEDY, prompt, medium, media_cfg)
+    assert without_times(found) == expected
+
+
 def test_generator_options():
     model = shared()
     with pytest.raises(DeviceError):
@@ -1159,6 +1174,44 @@ def test_generator_options():
     list(ask(model, PARTS[1], cache=cache))
     *_, last = ask(model, PARTS[1], start_pos=len(cache), cache=cache, chunk_prefilling=True)
     assert last["timing"]["context_tokens"] == 1
+
+
+def test_stream_gen_after_the_weights_changed():
+    model, ids = nvila(), torch.tensor([[5, 6, 7]])
+    before, n = model.stream_gen(ids, None, None, 0, False, False)
+    for part in (model.llm, model.vision_tower, model.mm_projector):
+        part.to(torch.bfloat16)
+    with pytest.raises(CacheError, match="other weights or settings"):
+        model.stream_gen(ids, None, None, n, False, False)
+    after, _ = model.stream_gen(ids, None, None, 0, False, False)
+    assert after.dtype == torch.bfloat16, "the room of the other dtype was let go"
+    assert not torch.equal(before, after.float())
+    assert list(ask(model, PARTS[0])), "a stream in between may move the weights"
+    model.stream_gen(ids, None, None, n, False, False)
+
+
+def test_stream_gen_in_a_stream_s_cache_ends_the_stream():
+    model = nvila()
+    cache = model.new_cache()
+    stream = ask(model, PARTS[1], cache=cache)
+    next(stream)
+    model.stream_gen(torch.tensor([[5]]), None, None, 0, False, False, cache=cache)
+    with pytest.raises(CacheError, match="another stream has written into the cache"):
+        next(stream)
+
+
+def test_media_tokens_need_no_embedding():
+    """Behind the table of embeddings, as where a checkpoint's tokenizer lacked them."""
+    model = nvila(llm_cfg=config().llm_cfg | {"vocab_size": IMAGE})
+    assert len(model.net.get_input_embeddings().weight) == IMAGE
+    for parts in PARTS:
+        media = model.prepare([p for p in parts if not isinstance(p, str)])
+        prompt = model.chat_prompt(parts)
+        ids = torch.tensor([model.tokenizer(prompt).input_ids])
+        whole = model.turn(prompt, media).prefill()
+        found, _ = model.stream_gen(ids, media, None, 0, False, False)
+        torch.testing.assert_close(found[:, 0], whole, atol=1e-4, rtol=1e-4)
+        assert model.generate(ids, media, max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
 def test_repr_counts_all_parts():

@@ -115,6 +115,29 @@ def test_changed_weights_see_again(seen):
     assert sizes == [1, 1]
 
 
+def test_another_layer_is_another_view(seen):
+    model, sizes = seen
+    before = say(model)
+    model.config.vision_feature_layer = -3
+    assert say(model) != before
+    model.config.vision_feature_layer = -2
+    assert say(model) == before
+    assert sizes == [1, 1], "what the usual layer gave was still there"
+
+
+@in_all_families
+def test_the_settings_of_an_encoder_are_its_own(family):
+    """Equal for equal models, other ones for every number that `encode` reads."""
+    model, same = FAMILIES[family](), FAMILIES[family]()
+    assert hash(model.encoder_settings()) == hash(same.encoder_settings())
+    assert model.encoder_settings() == same.encoder_settings()
+    where, name = model.config, "vision_feature_layer"
+    if model.family == "nvila":
+        where, name = model.vision_tower, "select_layer"
+    setattr(where, name, getattr(where, name) - 1)
+    assert model.encoder_settings() != same.encoder_settings()
+
+
 def test_another_method_sees_again(seen, monkeypatch):
     model, sizes = seen
     before, project = say(model), model.project

@@ -363,6 +363,9 @@ def test_the_rate_warms_up_twice_stays_and_ends_at_nothing():
         Recipe(batch_size=0)
     with pytest.raises(ValueError, match="below steps"):
         Recipe(steps=10, look_steps=10)
+    for wrong in ({"warm_up": 0}, {"flat_until": 1.0}, {"patch_loss_until": 0.0}):
+        with pytest.raises(ValueError, match="warm_up must be 1 or more, flat_until from 0"):
+            Recipe(**wrong)
 
 
 @EVERY
@@ -837,6 +840,18 @@ def test_tables_and_a_figure_are_saved(folders, tmp_path, monkeypatch):
     assert all(name in words for name in numbers)
     assert (tmp_path / "saved" / "small-print.png").read_bytes().startswith(b"\x89PNG")
     assert all("**Small print**" in (copy / "README.md").read_text() for copy in copies)
+
+
+@pytest.mark.parametrize("options", ["--scenes 0", "--seed -100 --scenes 100", "--seed 1990"])
+def test_only_what_is_held_out_is_measured(options, tmp_path):
+    with pytest.raises(SystemExit, match="only the seeds from 0 to 1999 are held out"):
+        evaluate.main([str(tmp_path), *options.split()])
+
+
+def test_broken_numbers_are_found_before_hours_of_measuring(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"tiny-llava": ')
+    with pytest.raises(SystemExit, match="evaluation.json is no JSON"):
+        evaluate.main([str(tmp_path / "nothing here"), "--save", str(tmp_path)])
 
 
 def test_folders_of_one_name_are_not_measured_together(tmp_path):

@@ -39,7 +39,6 @@ from torch import Tensor
 from transformers import CompileConfig, TextIteratorStreamer
 
 from .decoding import decode
-from .figures import png_of, step_times
 from .fusion import fuse
 from .images import ImageProcessor
 from .loading import load, shipped_models
@@ -490,7 +489,8 @@ def machine(device: torch.device) -> str:
     """One line about where something was measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor_name()}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()  # such as AVX2
+    return f"{_processor_name()} ({instructions}), {torch.get_num_threads()} threads"
 
 
 def _processor_name() -> str:
@@ -564,6 +564,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.save.mkdir(parents=True, exist_ok=True)
             file = options.save / f"{Path(name).name}-{result['dtype']}-{device.type}.json"
             file.write_text(f"{line}\n", encoding="utf-8")
+            from .figures import png_of, step_times  # Matplotlib, which a table does without
+
             file.with_suffix(".png").write_bytes(png_of(step_times(result)))
         print(f"{line}\n")
 

@@ -96,13 +96,13 @@ class KVCache:
 
     An entry is a token id, or for a picture's position a pair (digest of the picture, index).
     It is of use to the network of this very `config` only, and to one stream at a time: `writer`
-    stands for the last one, `weights` for the weights it was written with.
+    stands for the last one, `made_by` for the weights and settings that it was written with.
     """
 
     def __init__(self, config: PreTrainedConfig):
         self.config = weakref.ref(config)  # which a copy of the cache shares
         self.writer: object = None
-        self.weights: Hashable = None
+        self.made_by: Hashable = None
         self.past = _growing(config)
         self.content = []
 
@@ -127,13 +127,13 @@ class KVCache:
         """
         self._unread.append(token)
 
-    def begin(self, weights: Hashable) -> None:
-        """From position 0 with these weights. What others computed goes, with the memory that it
-        was kept in, which may be of another dtype or on another device.
+    def begin(self, made_by: Hashable) -> None:
+        """From position 0 with these weights and settings. What others computed goes, with the
+        memory that it was kept in, which may be of another dtype or on another device.
         """
-        if self.weights not in (None, weights):
+        if self.made_by not in (None, made_by):
             self.past, self.content = _growing(self.config()), []
-        self.weights = weights
+        self.made_by = made_by
 
     def common_prefix(self, content: Sequence[Hashable]) -> int:
         """How many positions from the start are the same here and in `content`."""

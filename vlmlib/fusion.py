@@ -127,7 +127,7 @@ def prepare_inputs_labels_for_multimodal(
     rows = _without_padding(input_ids, mask, "input_ids")
     row_labels = rows if labels is None else _without_padding(labels, mask, "labels")
     groups = _encode(model, images, image_sizes, rows)
-    embed = _embedding_of(model)
+    embed = _embedding_of(model, input_ids.device)
     embeds = [fuse(r.tolist(), g, embed)[0] for r, g in zip(rows, groups, strict=True)]
     targets = [_fuse_labels(*row) for row in zip(rows, row_labels, groups, strict=True)]
     check_lengths([len(e) for e in embeds], None if truncate else model_max_length)
@@ -147,10 +147,11 @@ def prepare_inputs_labels_for_multimodal(
     )
 
 
-def _embedding_of(model) -> Callable[[Tensor], Tensor]:
+def _embedding_of(model, device: torch.device) -> Callable[[Tensor], Tensor]:
     if hasattr(model, "embed"):
         return model.embed
-    return getattr(model, "embed_tokens", None) or model.get_model().embed_tokens
+    table = getattr(model, "embed_tokens", None) or model.get_model().embed_tokens
+    return lambda ids: table(ids.to(device))
 
 
 def _without_padding(x: Tensor, mask: Tensor, name: str) -> list[Tensor]:

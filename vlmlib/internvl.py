@@ -11,7 +11,7 @@ Sources: InternVL:internvl_chat/internvl/model/internvl_chat, llm-awq:tinychat/m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isqrt
@@ -170,6 +170,10 @@ class InternVL(VisionLanguageModel):
         x = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
         default = self.config.vision_feature_select_strategy == "default"
         return x[:, 1:] if default else x  # without the class token
+
+    def encoder_settings(self) -> tuple[Hashable, ...]:
+        config, strategy = self.config, self.config.vision_feature_select_strategy
+        return str(config.vision_feature_layer), strategy, config.downsample_ratio
 
     def project(self, features: Tensor, medium: Medium) -> Tensor:
         x = rearrange(features, "t (w h) c -> t w h c", w=square_side(features.shape[1]))

@@ -9,8 +9,9 @@ Sources: LLaVA:llava/model, llm-awq:tinychat/stream_generators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import nan
 from typing import Any
 
@@ -36,6 +37,7 @@ from .model import (
     Part,
     VisionLanguageModel,
     answer_turn,
+    check_ids,
     check_pixels,
     end_of_answer_ids,
 )
@@ -126,6 +128,10 @@ class Llava(VisionLanguageModel):
         """(3, h, w) or (t, 3, h, w) of a picture that was `size` (width, height) -> a medium."""
         return self.medium(pixels if pixels.dim() == 4 else pixels[None])
 
+    def encoder_settings(self) -> tuple[Hashable, ...]:
+        config = self.config
+        return str(config.vision_feature_layer), config.vision_feature_select_strategy
+
     def prompt_ids(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.tokenizer)
 
@@ -167,6 +173,9 @@ class LlavaNext(Llava):
     def pinpoints(self) -> list[Size]:
         """Sizes (width, height) that a picture may be fitted into."""
         return pinpoints(self.config)
+
+    def encoder_settings(self) -> tuple[Hashable, ...]:
+        return *super().encoder_settings(), str(self.pinpoints), self.rounding
 
     def processor_config(self) -> dict[str, Any]:
         pinpoints = {"image_grid_pinpoints": self.config.image_grid_pinpoints}
@@ -287,11 +296,12 @@ def transformers_turn(
     check_text(prompt)
     media = Llava(net, tokenizer, None).as_media(image_tensor)
     ids = prompt_ids(prompt, tokenizer)
+    check_ids(ids, len(net.get_input_embeddings().weight))
     check_placeholders(ids.count(IMAGE_TOKEN_INDEX), len(media))
     lengths = iter(m.length for m in media)
     image_id = net.config.image_token_id
     runs = ([image_id] * next(lengths) if i == IMAGE_TOKEN_INDEX else [i] for i in ids)
-    input_ids = torch.tensor([sum(runs, [])], device=net.device)
+    input_ids = torch.tensor([[*chain.from_iterable(runs)]], device=net.device)
     past = DynamicCache(config=net.config.get_text_config(decoder=True))
 
     def feed(ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:

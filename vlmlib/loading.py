@@ -76,7 +76,7 @@ def load(
     progress    told (bytes read, bytes in all) while weights are read; a download has the bars of
                 huggingface_hub, and nothing else is shown
     fast        False: transformers' modules take every step; True: it is an error if they must,
-                since `vlmlib.fast` does not know the language model. The answers are the same.
+                since `vlmlib.fast` does not know the language model. They differ by rounding only.
     quant       "int4" rounds the language model to four bits, as `quantize_llm` does by default
 
     What a folder is shows by its files and keys, whatever its name: transformers' LLaVA-1.5 and

@@ -51,8 +51,8 @@ class VisionLanguageModel(ABC):
     origin           the layout of its checkpoint, if that is not transformers' own
     prefill_chunk    a longer prompt is fed in pieces of so many positions, so that what is computed
                      on the way takes no more memory than that
-    fast             take single steps by `vlmlib.fast` where it can, for the same tokens; False
-                     leaves them to transformers' modules
+    fast             take single steps by `vlmlib.fast` where it can, which differ by rounding only;
+                     False leaves them to transformers' modules
     quantized        the same model with four-bit weights, if it is to hold both, see `quantize_llm`
     """
 
@@ -101,6 +101,12 @@ class VisionLanguageModel(ABC):
         Raises ShapeError for media that were made from pixel values alone: those of `prepare` know
         what they show.
         """
+
+    def encoder_settings(self) -> tuple[Hashable, ...]:
+        """What `encode` goes by besides pixels and weights. What was kept is of no use when it is
+        another.
+        """
+        return ()
 
     # ---- what all share ----
 
@@ -211,6 +217,19 @@ class VisionLanguageModel(ABC):
         if cache.config() is not self.net.config:
             raise CacheError("the cache is another model's: it was made by new_cache of that one")
 
+    def write_from(self, start: int, cache: KVCache, writer: object) -> None:
+        """Announce that `writer` will write from this position on; another one finds out by it.
+        Raises CacheError if what stands before it came from other weights or settings.
+        """
+        made_by = self._made_by()
+        if start == 0:
+            cache.begin(made_by)
+        elif cache.made_by not in (None, made_by):
+            raise CacheError(
+                "the cache was written with other weights or settings: begin anew at start_pos 0"
+            )
+        cache.writer = writer
+
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) or (b, n) ids -> (..., d)."""
         return self.net.get_input_embeddings()(ids.to(self.device))
@@ -264,28 +283,38 @@ class VisionLanguageModel(ABC):
             self._decoder = FastDecoder(self.net) if FastDecoder.supports(self.net) else None
         return self._decoder
 
-    def _weights(self) -> Hashable:
-        """A name for the language model's weights as they are now."""
-        return tuple(_versions(self._language_modules()))
+    def _made_by(self) -> Hashable:
+        """A name for all that keys and values come from, as it is now."""
+        self.fast_decoder()  # first, since it may move weights
+        return self._encoded_by(), *_versions(self._language_modules())
+
+    def _encoded_by(self) -> Hashable:
+        """A name for all that features of pictures come from, as it is now."""
+        methods = (self.encode, self.tower_features, self.project)
+        names = (getattr(m, "__func__", m) for m in methods)
+        return *names, *self.encoder_settings(), *_versions(self._vision_modules())
 
     def _language_modules(self) -> Iterator[nn.Module]:
         return chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
+
+    def _vision_modules(self) -> list[nn.Module]:
+        """Tower and projector, and the table of embeddings, with which a family may write around a
+        picture.
+        """
+        language = {*self._language_modules()} - {self.net.get_input_embeddings()}
+        parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
+        return [m for part in parts for m in part.modules() if m not in language]
 
     def features(self, medium: Medium, key: Hashable) -> Tensor:
         """`encode` of the medium with this key, or what it was when it was last asked for.
 
         It is always asked where gradients are wanted, and while there are hooks in tower, projector
-        or the table of embeddings, with which a family may write around a picture; and again after
-        a weight there, or a method, was changed.
+        or the table of embeddings; and again after a weight there, a method or one of the
+        `encoder_settings` was changed. (What is written through `.data`, torch tells nobody.)
         """
-        language = {*self._language_modules()} - {self.net.get_input_embeddings()}
-        parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
-        vision = [m for part in parts for m in part.modules() if m not in language]
-        if torch.is_grad_enabled() or _hooked(vision):
+        if torch.is_grad_enabled() or _hooked(self._vision_modules()):
             return self.encode(medium)
-        methods = (self.encode, self.tower_features, self.project)
-        names = (*(getattr(m, "__func__", m) for m in methods), *_versions(vision))
-        return self.feature_cache.get((key, names), partial(self.encode, medium))
+        return self.feature_cache.get((key, self._encoded_by()), partial(self.encode, medium))
 
     def chat_prompt(self, parts: Sequence[Part]) -> str:
         """Pictures and texts of one user turn, in order -> the prompt the model was trained on."""
@@ -382,10 +411,8 @@ class VisionLanguageModel(ABC):
         def prefill() -> Tensor:
             nonlocal decoder
             check_writer(cache.common_prefix(content) >= start)
-            cache.writer = me
+            self.write_from(start, cache, me)
             decoder = self.fast_decoder()
-            if start == 0:
-                cache.begin(self._weights())
             first_id, first_medium, offset = split_at(ids, lengths, start)
             seen = zip(media[first_medium:], keys[first_medium:], strict=True)
             features = [self.features(m, key) for m, key in seen]
@@ -454,9 +481,11 @@ class VisionLanguageModel(ABC):
         options = self.with_stop_tokens(options)
         return self.net.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
-    def as_batch(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def as_batch(
+        self, input_ids: Tensor, attention_mask: Tensor | None, media_ids: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """(b, n) ids and what masks their padding (None: nothing does) on the model's device.
-        Raises ShapeError, and PromptError for what is no id.
+        Raises ShapeError, and PromptError for what is no id and none of `media_ids` either.
         """
         if input_ids.dim() != 2 or not input_ids.shape[1]:
             raise ShapeError(f"expected (b, n) ids, one at least, got {tuple(input_ids.shape)}")
@@ -464,7 +493,8 @@ class VisionLanguageModel(ABC):
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
         if mask.shape != ids.shape:
             raise ShapeError(f"ids are {tuple(ids.shape)}, the mask is {tuple(mask.shape)}")
-        check_ids(ids[mask.bool()].tolist(), len(self.net.get_input_embeddings().weight))
+        text = [i for i in ids[mask.bool()].tolist() if i not in media_ids]
+        check_ids(text, len(self.net.get_input_embeddings().weight))
         return ids, mask
 
     def with_stop_tokens(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -514,8 +544,8 @@ class VisionLanguageModel(ABC):
             )
         if cache is None:
             return self.new_cache(), 0
-        if cache.weights not in (None, self._weights()):
-            return cache, 0  # what it holds was computed with other weights
+        if cache.made_by not in (None, self._made_by()):
+            return cache, 0  # what it holds was computed with other weights or settings
         # The last position is always fed again: its logits are what the answer begins with.
         return cache, min(start_pos, cache.common_prefix(content), max(len(content) - 1, 0))
 

@@ -11,7 +11,7 @@ Sources: VILA:llava/model, llm-awq:tinychat/stream_generators/NVILA_stream_gen.p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -186,7 +186,7 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
         media_cfg as `prepare_media` makes it. Raises ShapeError.
         """
         if not isinstance(media, Mapping):
-            return super().as_media(media)
+            media = {"image": [media] if isinstance(media, Medium) else media}
         check_kinds(media)
         blocks = ((media_cfg or {}).get("image") or {}).get("block_sizes")
         clips = [self._as_clip(clip) for clip in media.get("video") or ()]
@@ -212,6 +212,11 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
 
     def project(self, features: Tensor, medium: Medium) -> Tensor:
         return self.encoders[medium.kind](self, features, medium)
+
+    def encoder_settings(self) -> tuple[Hashable, ...]:
+        tower = self.vision_tower
+        encoders = ((type(e), str(vars(e))) for e in self.encoders.values())
+        return tower.select_layer, str(tower.scales), tower.resize_output_to_scale_idx, *encoders
 
     def boxes(self, medium: Medium) -> Tensor:
         return self.encoders[medium.kind].boxes(self, medium)
@@ -243,13 +248,16 @@ class NVILA(LlavaMetaModel, LlavaMetaForCausalLM, VisionLanguageModel):
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The prompt in one piece; clips have IMAGE_TOKEN_INDEX too."""
+        return self._with_placeholders(self.tokenizer(prompt).input_ids)
+
+    def _with_placeholders(self, ids: Sequence[int]) -> list[int]:
         media = set(self.media_token_ids.values())
-        return [IMAGE_TOKEN_INDEX if i in media else i for i in self.tokenizer(prompt).input_ids]
+        return [IMAGE_TOKEN_INDEX if i in media else i for i in ids]
 
     def read(self, prompt: str, media: Media | MediaByKind) -> tuple[list[int], list[Medium]]:
         """As for every model; each placeholder takes the next medium of its own kind."""
         ids = self.tokenizer(prompt).input_ids
-        return self.prompt_ids(prompt), self.in_order([ids], self.as_media(media))
+        return self._with_placeholders(ids), self.in_order([ids], self.as_media(media))
 
 
 def frame_indices(video: Video, num: int, n: int, fps: float) -> list[int]:

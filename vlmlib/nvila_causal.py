@@ -69,7 +69,7 @@ class LlavaMetaForCausalLM:
         Raises PlaceholderError when a kind has more or fewer media than placeholders,
         PromptError, ContextLengthError and ShapeError.
         """
-        ids, mask = self.as_batch(input_ids, attention_mask)
+        ids, mask = self.as_batch(input_ids, attention_mask, self.media_token_ids.values())
         mask = mask.bool()
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.to(self.device)
         rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
@@ -148,8 +148,9 @@ class LlavaMetaForCausalLM:
     ) -> str:
         """The answer to pictures, clips and texts (or one text).
 
-        generation_config  None for the best tokens as far as the context reaches; parameters of a
-                           stream; or a GenerationConfig of transformers
+        generation_config  parameters as `vlmlib.stream` takes them: greedy in what they leave open,
+                           and without n_predict as far as the context reaches; or a
+                           GenerationConfig of transformers
 
         Raises PromptError, and what a stream raises.
         """
@@ -161,8 +162,9 @@ class LlavaMetaForCausalLM:
                 ids, media, quant_llm=quant_llm, generation_config=generation_config
             )
             return _text(out[0].tolist(), self.tokenizer).strip()
-        greedy = GenParams.greedy(n_predict=self.context_len)
-        params = greedy if generation_config is None else generation_config
+        if generation_config is None or isinstance(generation_config, Mapping):
+            generation_config = {"n_predict": self.context_len, **(generation_config or {})}
+        params = GenParams.greedy_unless(generation_config)
         chunks = self.choose_weights(quant_llm).stream_prompt(text, media, params)
         return last_chunk(chunks)["text"].strip()
 
@@ -249,8 +251,8 @@ class LlavaMetaForCausalLM:
         cache             None is one that belongs to the model, for stepping by hand; it begins
                           anew at `start_pos` 0. Two sequences at once need a cache each.
 
-        Raises CacheError when the cache does not reach `start_pos` or is of other weights,
-        ContextLengthError, and ShapeError for a batch.
+        Raises CacheError when the cache does not reach `start_pos`, was made by another model or
+        with other weights or settings; ContextLengthError, and ShapeError for a batch.
         """
         if len(input_ids) != 1:
             raise ShapeError(f"stream_gen takes one sequence, got {len(input_ids)}")
@@ -263,6 +265,7 @@ class LlavaMetaForCausalLM:
                 model._own_cache = model.new_cache()
             cache = model._own_cache
         model.check_cache(cache)
+        model.write_from(start_pos, cache, writer=object())
         logits = model.forward(embeds, start_pos, cache)
         return logits[:, None], embeds.shape[1]
 

@@ -566,12 +566,12 @@ def machine(threads: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    if options.seed + options.scenes > len(HELD_OUT):
-        raise SystemExit(f"only the seeds below {len(HELD_OUT)} are held out")
+    if options.scenes < 1 or options.seed not in HELD_OUT or _seeds(options)[-1] not in HELD_OUT:
+        raise SystemExit(f"only the seeds from 0 to {len(HELD_OUT) - 1} are held out")
     names = [folder.name for folder in options.checkpoint]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SystemExit(f"two folders have the name {', '.join(twice)}: measure them one by one")
-    everything = {}
+    everything = _measured_before(options.save) if options.save else {}
     for folder in options.checkpoint:
         if options.formats:
             formats = _measure_formats(folder, options)
@@ -583,15 +583,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _save(everything, options.save)
 
 
+def _measured_before(folder: Path) -> dict[str, dict]:
+    """The numbers of models that were measured earlier."""
+    file = folder / "evaluation.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as e:
+        raise SystemExit(f"{file} is no JSON ({e}): move it away, or --save elsewhere") from e
+
+
 def _save(everything: dict[str, dict], folder: Path) -> None:
-    """Write the numbers, their table and the figure; models measured earlier stay in them."""
+    """Write the numbers, their table and the figure."""
     from ..figures import accuracy, png_of  # Matplotlib, which training need not load
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "evaluation.json"
-    if file.exists():
-        everything = json.loads(file.read_text(encoding="utf-8")) | everything
-    file.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    staging = folder / "evaluation.staging"
+    staging.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    staging.replace(folder / "evaluation.json")
     (folder / "evaluation.md").write_text(table(everything) + "\n", encoding="utf-8")
     if any("print" in numbers for numbers in everything.values()):
         (folder / "small-print.png").write_bytes(png_of(accuracy(everything)))

@@ -28,6 +28,11 @@ class Recipe:
             raise ValueError(f"batch_size and asked must be 1 or more: {self}")
         if not 0 <= self.look_steps < self.steps:
             raise ValueError(f"look_steps must be 0 or more and below steps: {self}")
+        if self.warm_up < 1 or not 0 <= self.flat_until < 1 or self.patch_loss_until <= 0:
+            raise ValueError(
+                "warm_up must be 1 or more, flat_until from 0 to below 1, and patch_loss_until "
+                f"above 0: {self}"
+            )
 
     def looking(self, step: int) -> bool:
         """In the first steps the tower learns alone, from the patch loss."""
