@@ -631,9 +631,13 @@ def test_without_chunk_prefilling_everything_is_fed_again(llava):
 
 
 def test_reused_pictures_are_not_encoded_again(llava, monkeypatch):
+    calls, encode = [], llava.encode
+    monkeypatch.setattr(llava, "encode", lambda medium: calls.append(1) or encode(medium))
     cache, transcript = second_turn(llava)
-    monkeypatch.setattr(llava, "encode", lambda x: pytest.fail("encoded again"))
+    assert calls == [1]
+    llava.feature_cache.clear()
     list(ask(llava, transcript, start=len(cache), cache=cache, chunk_prefilling=True))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("chunk_prefilling", [False, True])
