@@ -217,19 +217,6 @@ class VisionLanguageModel(ABC):
         if cache.config() is not self.net.config:
             raise CacheError("the cache is another model's: it was made by new_cache of that one")
 
-    def write_from(self, start: int, cache: KVCache, writer: object) -> None:
-        """Announce that `writer` will write from this position on; another one finds out by it.
-        Raises CacheError if what stands before it came from other weights or settings.
-        """
-        made_by = self._made_by()
-        if start == 0:
-            cache.begin(made_by)
-        elif cache.made_by not in (None, made_by):
-            raise CacheError(
-                "the cache was written with other weights or settings: begin anew at start_pos 0"
-            )
-        cache.writer = writer
-
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) or (b, n) ids -> (..., d)."""
         return self.net.get_input_embeddings()(ids.to(self.device))
@@ -283,16 +270,21 @@ class VisionLanguageModel(ABC):
             self._decoder = FastDecoder(self.net) if FastDecoder.supports(self.net) else None
         return self._decoder
 
-    def _made_by(self) -> Hashable:
-        """A name for all that keys and values come from, as it is now."""
-        self.fast_decoder()  # first, since it may move weights
-        return self._encoded_by(), *_versions(self._language_modules())
+    def made_by(self) -> Hashable:
+        """A name for all that keys and values come from, as it is now. Ask for the `fast_decoder`
+        before: making it moves weights.
+        """
+        return *self._encoder(), *_versions(self._modules())
 
-    def _encoded_by(self) -> Hashable:
-        """A name for all that features of pictures come from, as it is now."""
+    def _encoder(self) -> tuple[Hashable, ...]:
+        """The methods and settings that make features of pixels."""
         methods = (self.encode, self.tower_features, self.project)
         names = (getattr(m, "__func__", m) for m in methods)
-        return *names, *self.encoder_settings(), *_versions(self._vision_modules())
+        return *names, *self.encoder_settings()
+
+    def _modules(self) -> Iterator[nn.Module]:
+        parts = (part for part in vars(self).values() if isinstance(part, nn.Module))
+        return chain.from_iterable(part.modules() for part in parts)
 
     def _language_modules(self) -> Iterator[nn.Module]:
         return chain(self.net.get_decoder().modules(), self.net.lm_head.modules())
@@ -302,8 +294,7 @@ class VisionLanguageModel(ABC):
         picture.
         """
         language = {*self._language_modules()} - {self.net.get_input_embeddings()}
-        parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
-        return [m for part in parts for m in part.modules() if m not in language]
+        return [m for m in self._modules() if m not in language]
 
     def features(self, medium: Medium, key: Hashable) -> Tensor:
         """`encode` of the medium with this key, or what it was when it was last asked for.
@@ -312,9 +303,11 @@ class VisionLanguageModel(ABC):
         or the table of embeddings; and again after a weight there, a method or one of the
         `encoder_settings` was changed. (What is written through `.data`, torch tells nobody.)
         """
-        if torch.is_grad_enabled() or _hooked(self._vision_modules()):
+        vision = self._vision_modules()
+        if torch.is_grad_enabled() or _hooked(vision):
             return self.encode(medium)
-        return self.feature_cache.get((key, self._encoded_by()), partial(self.encode, medium))
+        made_by = *self._encoder(), *_versions(vision)
+        return self.feature_cache.get((key, made_by), partial(self.encode, medium))
 
     def chat_prompt(self, parts: Sequence[Part]) -> str:
         """Pictures and texts of one user turn, in order -> the prompt the model was trained on."""
@@ -411,8 +404,10 @@ class VisionLanguageModel(ABC):
         def prefill() -> Tensor:
             nonlocal decoder
             check_writer(cache.common_prefix(content) >= start)
-            self.write_from(start, cache, me)
+            cache.writer = me
             decoder = self.fast_decoder()
+            if start == 0:
+                cache.begin(self.made_by())
             first_id, first_medium, offset = split_at(ids, lengths, start)
             seen = zip(media[first_medium:], keys[first_medium:], strict=True)
             features = [self.features(m, key) for m, key in seen]
@@ -544,7 +539,7 @@ class VisionLanguageModel(ABC):
             )
         if cache is None:
             return self.new_cache(), 0
-        if cache.made_by not in (None, self._made_by()):
+        if cache.made_by not in (None, self.made_by()):
             return cache, 0  # what it holds was computed with other weights or settings
         # The last position is always fed again: its logits are what the answer begins with.
         return cache, min(start_pos, cache.common_prefix(content), max(len(content) - 1, 0))
@@ -584,8 +579,9 @@ def _hooked(modules: Iterable[nn.Module]) -> bool:
 def _versions(modules: Iterable[nn.Module]) -> Iterator[tuple]:
     """Of each weight something that is another when it was moved, cast, exchanged or written in."""
     for m in modules:
-        for w in chain(m.parameters(recurse=False), m.buffers(recurse=False)):
-            yield w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version
+        for w in chain(m._parameters.values(), m._buffers.values()):
+            if w is not None:
+                yield w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version
 
 
 def check_pixels(pixels: Tensor, size: int | Sequence[int]) -> None:

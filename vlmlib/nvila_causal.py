@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from .cache import KVCache
 from .decoding import last_chunk
-from .errors import PromptError, ShapeError
+from .errors import CacheError, PromptError, ShapeError
 from .fusion import check_lengths, prepare_inputs_labels_for_multimodal
 from .media import Medium
 from .model import as_parts, sources_of
@@ -265,7 +265,14 @@ class LlavaMetaForCausalLM:
                 model._own_cache = model.new_cache()
             cache = model._own_cache
         model.check_cache(cache)
-        model.write_from(start_pos, cache, writer=object())
+        model.fast_decoder()
+        if start_pos == 0:
+            cache.begin(model.made_by())
+        elif cache.made_by not in (None, model.made_by()):
+            raise CacheError(
+                "the cache was written with other weights or settings: begin anew at start_pos 0"
+            )
+        cache.writer = object()
         logits = model.forward(embeds, start_pos, cache)
         return logits[:, None], embeds.shape[1]
 
