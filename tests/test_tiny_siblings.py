@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vlmlib import Video
 from vlmlib.__main__ import main
 from vlmlib.fusion import fuse
 from vlmlib.tiny.evaluate import PRINT_KINDS, grade, without_detail
+from vlmlib.tiny.recipe import RECIPES
 from vlmlib.tiny.scenes import HELD_OUT, detail_scene, draw, questions
 
 SIBLINGS = ("tiny-internvl", "tiny-nvila")
@@ -46,6 +48,28 @@ def test_is_small_and_in_the_published_layout(name):
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     assert files.keys() == LAYOUTS[name] | {"README.md", "training_log.jsonl"}
     assert sum(f.stat().st_size for f in files.values()) < 12e6
+
+
+def test_a_recipe_that_is_followed_gives_as_good_a_model():
+    """tiny-nvila's, from its first step to its last: as good as what ships, within two points."""
+    first = vlmlib.DATA / "evaluation"
+    second = first / "retrained"
+    log = (second / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in log]
+    recipe = RECIPES["tiny-nvila"]
+    starts = [entry for entry in log if "start" in entry]
+    assert starts[0]["start"] == 0 and log[-1]["step"] == recipe.steps
+    assert all(entry["recipe"] == asdict(recipe) for entry in starts)
+    shipped, again = (
+        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["tiny-nvila"]
+        for folder in (first, second)
+    )
+    pairs = [(shipped[c]["questions_right"], again[c]["questions_right"]) for c in shipped]
+    pairs.append((shipped["scene"]["captions_exact"], again["scene"]["captions_exact"]))
+    kinds = [numbers["print"]["kinds"] for numbers in (shipped, again)]
+    pairs += [tuple(of[kind]["right"] for of in kinds) for kind in PRINT_KINDS]
+    assert len(pairs) == 7 and all(abs(b - a) <= 0.02 for a, b in pairs), pairs
+    assert again["print"]["without_detail"]["read_print"]["right"] < 0.1
 
 
 def test_describes_and_answers(model):
